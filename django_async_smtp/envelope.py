@@ -1,0 +1,134 @@
+"""Django's EmailMessage -> an Envelope: what goes over the wire."""
+
+from __future__ import annotations
+
+import email.policy
+import inspect
+from dataclasses import dataclass
+from email.headerregistry import Address, AddressHeader
+from email.message import Message
+from typing import Any, Final
+
+from django.core.mail import EmailMessage
+from django.utils.encoding import force_str, punycode
+
+# The stdlib's words, its stray parenthesis included.
+_NOT_ASCII = "local-part contains non-ASCII characters)"
+_NO_DOMAIN = "addr-spec local part with no domain"
+
+# Django 6.0 and later.
+TAKES_POLICY: Final = "policy" in inspect.signature(EmailMessage.message).parameters
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """
+    One mail transaction (RFC 5321 section 3.3).
+
+    :ivar sender: the address for MAIL FROM, without brackets.
+    :ivar recipients: the addresses for RCPT TO.
+    :ivar content: header and body, every line ended by CRLF, no dots doubled.
+    :ivar smtputf8_error: where an address cannot go out without SMTPUTF8 (RFC
+        6531), what to say if the server does not offer it.
+    """
+
+    sender: str
+    recipients: tuple[str, ...]
+    content: bytes
+    smtputf8_error: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Envelope: {len(self.recipients)} recipients, {len(self.content)} B>"
+
+
+def prepare(message: EmailMessage) -> Envelope:
+    """
+    Build the envelope of a message, its content byte for byte as Django's backend.
+
+    This is user code (lazy strings, subclasses) and CPU: 1 to 3 ms for a small
+    message, most of a second for 5 MB of attachments.
+
+    :raises ValueError: an address is not exactly one valid address, or a header
+        holds a line break.
+    """
+    sender, *recipients = [
+        mailbox(address) for address in (message.from_email, *message.recipients())
+    ]
+    not_ascii = [address for address in (sender, *recipients) if not address.isascii()]
+    return Envelope(
+        sender,
+        tuple(recipients),
+        content(message, utf8=bool(not_ascii)),
+        f"Invalid address {not_ascii[0]!r}: {_NOT_ASCII}" if not_ascii else None,
+    )
+
+
+def mailbox(address: object) -> str:
+    """
+    Return the addr-spec of an address, its domain in ASCII (IDNA).
+
+    Django's rules: a display name is allowed, a missing domain is, too.
+
+    :raises ValueError: it is no address, more than one, or holds a line break.
+    """
+    text = force_str(address)
+    parsed = AddressHeader.value_parser(text)
+    defects = {str(defect) for defect in parsed.all_defects}
+    defects -= {_NO_DOMAIN, _NOT_ASCII}
+    if defects:
+        raise ValueError(f"Invalid address {text!r}: {'; '.join(sorted(defects))}")
+    mailboxes = parsed.all_mailboxes
+    if len(mailboxes) != 1:
+        raise ValueError(f"Invalid address {text!r}: must be a single address")
+    found = mailboxes[0]
+    if found.domain and not found.domain.isascii():
+        spec = str(Address(username=found.local_part, domain=punycode(found.domain)))
+    else:
+        spec = str(found.addr_spec)
+    if not spec.isprintable():
+        raise ValueError(f"Invalid address {text!r}: control character")
+    return spec
+
+
+def content(message: EmailMessage, *, utf8: bool) -> bytes:
+    """
+    Return the message's bytes with CRLF line endings.
+
+    :param utf8: keep non-ASCII addresses in headers as UTF-8 (RFC 6532).
+    """
+    built: Any
+    if TAKES_POLICY:
+        policy = email.policy.SMTPUTF8 if utf8 else email.policy.SMTP
+        built = message.message(policy=policy)
+        data: bytes = built.as_bytes()
+    else:
+        built = message.message()
+        if utf8:
+            _keep_utf8_addresses(built, message)
+        del built["Bcc"]  # Later Djangos refuse it as a header; 5.2 would send it.
+        data = built.as_bytes(linesep="\r\n")
+    return with_crlf(data)
+
+
+def with_crlf(data: bytes) -> bytes:
+    """
+    End every line with CRLF: a lone CR or LF could end the message for a server
+    that is less strict than the next one (SMTP smuggling).
+    """
+    if not data.count(b"\r\n") == data.count(b"\n") == data.count(b"\r"):
+        data = (
+            data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
+        )
+    return data if data.endswith(b"\r\n") else data + b"\r\n"
+
+
+def _keep_utf8_addresses(built: Message, message: EmailMessage) -> None:
+    """Undo the encoded words that Django 5.2 makes of non-ASCII local parts."""
+    values = {"From": message.from_email, "To": message.to, "Cc": message.cc}
+    for name, value in (values | message.extra_headers).items():
+        text = value if isinstance(value, str) else ", ".join(map(str, value))
+        if name in values and name in built and not text.isascii():
+            del built[name]
+            # The generator writes surrogates as the bytes that they stand for.
+            raw = text.encode().decode("ascii", "surrogateescape")
+            Message.__setitem__(built, name, raw)

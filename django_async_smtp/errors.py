@@ -1,0 +1,464 @@
+"""
+What sending can raise, and the table that makes it from aiosmtplib's errors.
+
+Every class here is also what Django's own SMTP backend raises in the same
+situation, so ``except`` clauses that name ``smtplib`` classes or socket errors
+keep working, and every one is an ``smtplib.SMTPException``.
+
+Configuration errors are deliberately not here: ``fail_silently`` hides what a
+mail server did, never a setting that is wrong.
+"""
+
+from __future__ import annotations
+
+import smtplib
+import socket
+import ssl
+from typing import Any, Final, Literal
+
+import aiosmtplib
+
+Stage = Literal[
+    "connect", "greeting", "ehlo", "tls", "auth", "mail", "rcpt", "data", "body"
+]
+
+# What the client was doing at each stage, as the subject of a sentence.
+ACTION: Final[dict[Stage, str]] = {
+    "connect": "connecting",
+    "greeting": "the greeting",
+    "ehlo": "EHLO",
+    "tls": "TLS",
+    "auth": "AUTH",
+    "mail": "MAIL FROM",
+    "rcpt": "RCPT TO",
+    "data": "DATA",
+    "body": "the message",
+}
+
+
+class SMTPError(smtplib.SMTPException):
+    """
+    Sending mail failed; the base class of all that this package raises for it.
+
+    :ivar stage: where it failed, one of ``connect``, ``greeting``, ``ehlo``,
+        ``tls``, ``auth``, ``mail``, ``rcpt``, ``data`` and ``body``.
+    :ivar server: the server, as ``"host:port"``.
+    :ivar temporary: whether trying again later is worth it. False where
+        ``maybe_delivered`` is true.
+    :ivar maybe_delivered: true only where the message went out whole and the
+        server's answer to it was lost. Sending it again may deliver it twice.
+    :ivar hint: what to do about it; may be empty.
+    """
+
+    default_hint = ""
+
+    def __init__(
+        self,
+        message: str,
+        *smtplib_args: object,
+        stage: Stage,
+        server: str,
+        temporary: bool = False,
+        maybe_delivered: bool = False,
+        hint: str = "",
+    ) -> None:
+        # ``args`` are smtplib's: code that unpacks them finds what it expects.
+        self.args = smtplib_args or (message,)
+        self.message = message
+        self.stage: Stage = stage
+        self.server = server
+        self.temporary = temporary and not maybe_delivered
+        self.maybe_delivered = maybe_delivered
+        self.hint = hint or self.default_hint
+        if self.hint:
+            self.add_note(self.hint)
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Task queues pickle exceptions; BaseException would call __init__
+        # with ``args`` alone.
+        return _restore, (type(self), self.args, self.errno, self.strerror), vars(self)
+
+
+def _restore(
+    cls: type[SMTPError], args: tuple[object, ...], number: int, strerror: str
+) -> SMTPError:
+    error = cls.__new__(cls)
+    error.args, error.errno, error.strerror = args, number, strerror
+    return error
+
+
+class ConnectError(SMTPError):
+    """No connection: the host or the network cannot be reached."""
+
+    default_hint = "Check the host and the port, and whether a firewall blocks them."
+
+
+class ConnectionRefused(ConnectError, ConnectionRefusedError):
+    """The host answered that nothing listens on this port."""
+
+    default_hint = "Check the host and the port: no server listens there."
+
+
+class UnknownHost(ConnectError, socket.gaierror):
+    """The host name does not resolve to an address."""
+
+    default_hint = "Check the spelling of the host, and the machine's DNS."
+
+
+class ConnectTimeout(ConnectError, TimeoutError):
+    """Nothing answered within the timeout."""
+
+    default_hint = (
+        "A firewall may drop the packets: many networks block the ports 25, 465 "
+        "and 587. Ask the provider for another port, such as 2525."
+    )
+
+
+class PoolTimeout(ConnectTimeout):
+    """All connections to the server stayed in use for the whole timeout."""
+
+    default_hint = (
+        "More messages are sent at once than the connections to this server can take."
+    )
+
+
+class Disconnected(SMTPError, smtplib.SMTPServerDisconnected):
+    """The server closed the connection, or the connection broke."""
+
+    default_hint = "The server's log tells why it closed the connection."
+
+
+class ReplyTimeout(Disconnected, TimeoutError):
+    """The server was silent, or took no more data, for the whole timeout."""
+
+    default_hint = (
+        "The server is overloaded, or this port speaks TLS from the start "
+        "(port 465): then set use_ssl instead of use_tls."
+    )
+
+
+class TLSError(SMTPError, ssl.SSLError):
+    """The TLS handshake failed."""
+
+    default_hint = (
+        "Check the port and the kind of TLS: use_ssl for port 465, use_tls "
+        "(STARTTLS) for the ports 587 and 25."
+    )
+
+
+class CertificateError(TLSError, ssl.SSLCertVerificationError):
+    """The server's certificate is not valid for this host, now, or at all."""
+
+    default_hint = (
+        "The host must be a name in the server's certificate, and its issuer must "
+        "be known: name a private issuer with ssl_cafile."
+    )
+
+
+class TLSDisconnected(
+    TLSError,
+    ssl.SSLEOFError,
+    ssl.SSLZeroReturnError,
+    Disconnected,
+    ConnectionResetError,
+):
+    """The connection ended within the TLS handshake."""
+
+
+class TLSTimeout(TLSError, ReplyTimeout):
+    """The TLS handshake was not finished within the timeout."""
+
+
+class NotSupported(SMTPError, smtplib.SMTPNotSupportedError):
+    """The server does not offer what the settings require."""
+
+
+class ResponseError(SMTPError, smtplib.SMTPResponseException):
+    """
+    The server answered with a reply code that means no.
+
+    :ivar smtp_code: the reply code (RFC 5321 section 4.2); -1 where the answer
+        was no SMTP reply.
+    :ivar smtp_error: the reply's text, as bytes.
+    """
+
+    def __init__(
+        self, message: str, code: int, text: bytes, *more: object, **details: Any
+    ) -> None:
+        super().__init__(
+            message, code, text, *more, temporary=400 <= code < 500, **details
+        )
+        self.smtp_code = code
+        self.smtp_error = text
+
+
+class GreetingRefused(ResponseError, smtplib.SMTPConnectError):
+    """The server does not want this connection, or is no SMTP server."""
+
+
+class HeloRefused(ResponseError, smtplib.SMTPHeloError):
+    """The server refused EHLO and HELO."""
+
+    default_hint = "Set local_hostname to this machine's full host name."
+
+
+class AuthenticationRefused(ResponseError, smtplib.SMTPAuthenticationError):
+    """The server refused the login."""
+
+    default_hint = (
+        "Check the user name and the password. Many providers want a password "
+        "made for this application, or an API key, instead of the account's own."
+    )
+
+
+class HeloClosed(HeloRefused, Disconnected):
+    """The server ended the session (421) in answer to EHLO."""
+
+    default_hint = "The server is busy, or limits this client: try again later."
+
+
+class AuthenticationClosed(AuthenticationRefused, Disconnected):
+    """The server ended the session (421) in answer to a login."""
+
+    default_hint = "The server is busy, or limits this client: try again later."
+
+
+class SenderRefused(ResponseError, smtplib.SMTPSenderRefused):
+    """
+    The server refused the envelope's sender.
+
+    :ivar sender: the address.
+    """
+
+    default_hint = (
+        "Check from_email, or DEFAULT_FROM_EMAIL: the server must be willing to "
+        "send for this address, often only after a login."
+    )
+
+    def __init__(
+        self, message: str, code: int, text: bytes, sender: str, **details: Any
+    ) -> None:
+        super().__init__(message, code, text, sender, **details)
+        self.sender = sender
+
+
+class DataRefused(ResponseError, smtplib.SMTPDataError):
+    """The server refused the message itself."""
+
+
+class RecipientsRefused(SMTPError, smtplib.SMTPRecipientsRefused):
+    """
+    The server refused all recipients, so nothing was sent.
+
+    :ivar recipients: ``{address: (reply code, text as bytes)}``.
+    """
+
+    def __init__(
+        self, message: str, recipients: dict[str, tuple[int, bytes]], **details: Any
+    ) -> None:
+        super().__init__(
+            message,
+            recipients,
+            temporary=any(400 <= code < 500 for code, _ in recipients.values()),
+            **details,
+        )
+        self.recipients = recipients
+
+
+# aiosmtplib's class -> ours. Connection errors are told apart further by the
+# operating system's error behind them, replies without a class of their own by
+# the stage.
+FROM_AIOSMTPLIB: Final[dict[type[aiosmtplib.SMTPException], type[SMTPError]]] = {
+    aiosmtplib.SMTPException: SMTPError,
+    aiosmtplib.SMTPServerDisconnected: Disconnected,
+    aiosmtplib.SMTPConnectError: ConnectError,
+    aiosmtplib.SMTPConnectTimeoutError: ConnectTimeout,
+    aiosmtplib.SMTPConnectResponseError: GreetingRefused,
+    aiosmtplib.SMTPTimeoutError: ReplyTimeout,
+    aiosmtplib.SMTPReadTimeoutError: ReplyTimeout,
+    aiosmtplib.SMTPNotSupported: NotSupported,
+    aiosmtplib.SMTPResponseException: ResponseError,
+    aiosmtplib.SMTPHeloError: HeloRefused,
+    aiosmtplib.SMTPAuthenticationError: AuthenticationRefused,
+    aiosmtplib.SMTPSenderRefused: SenderRefused,
+    aiosmtplib.SMTPRecipientRefused: RecipientsRefused,
+    aiosmtplib.SMTPRecipientsRefused: RecipientsRefused,
+    aiosmtplib.SMTPDataError: DataRefused,
+}
+
+REPLY_AT_STAGE: Final[dict[Stage, type[ResponseError]]] = {
+    "greeting": GreetingRefused,
+    "ehlo": HeloRefused,
+    "auth": AuthenticationRefused,
+    "data": DataRefused,
+    "body": DataRefused,
+}
+
+# 421 ends the session; where smtplib goes on to a second command all the same,
+# its users catch a disconnect.
+CLOSED_BY_REPLY: Final[dict[type[SMTPError], type[SMTPError]]] = {
+    HeloRefused: HeloClosed,
+    AuthenticationRefused: AuthenticationClosed,
+}
+
+# The operating system's error -> ours; the first match counts.
+FROM_OS: Final[list[tuple[type[OSError], type[SMTPError]]]] = [
+    (ssl.SSLCertVerificationError, CertificateError),
+    (ssl.SSLEOFError, TLSDisconnected),
+    (ssl.SSLZeroReturnError, TLSDisconnected),
+    (ssl.SSLError, TLSError),
+    (socket.gaierror, UnknownHost),
+    (ConnectionRefusedError, ConnectionRefused),
+]
+
+# In a TLS handshake asyncio reports an EOF as a reset connection, and a timeout as
+# an aborted one.
+FROM_OS_IN_TLS: Final[list[tuple[type[OSError], type[SMTPError]]]] = [
+    (TimeoutError, TLSTimeout),
+    (ConnectionAbortedError, TLSTimeout),
+    (ConnectionError, TLSDisconnected),
+]
+
+MALFORMED = "Malformed SMTP response line: "
+
+
+def translate(
+    error: aiosmtplib.SMTPException | OSError,
+    stage: Stage,
+    server: str,
+    *,
+    maybe_delivered: bool = False,
+) -> SMTPError:
+    """
+    Make this package's error of one that aiosmtplib, ``ssl`` or a socket raised.
+
+    The caller raises what this returns ``from`` the error it passed.
+    """
+    details: dict[str, Any] = {"stage": stage, "server": server}
+    if isinstance(error, aiosmtplib.SMTPRecipientsRefused):
+        return recipients_refused(
+            {e.recipient: (e.code, _as_bytes(e.message)) for e in error.recipients},
+            **details,
+        )
+    if isinstance(error, aiosmtplib.SMTPRecipientRefused):
+        return recipients_refused(
+            {error.recipient: (error.code, _as_bytes(error.message))}, **details
+        )
+    if isinstance(error, aiosmtplib.SMTPResponseException):
+        return _from_reply(error, details, maybe_delivered)
+    if isinstance(error, aiosmtplib.SMTPNotSupported):
+        return NotSupported(f"{server}: {error.message}", **details)
+    inner, os_error = _origin(error)
+    cls = _class_of(inner, os_error, stage)
+    reason = os_error or error
+    made = cls(
+        f"{ACTION[stage]}: {_what_happened(cls, reason, server)}",
+        **details,
+        temporary=_is_temporary(cls, reason),
+        maybe_delivered=maybe_delivered,
+    )
+    if os_error is not None:
+        made.args = os_error.args
+        made.errno, made.strerror = os_error.errno, os_error.strerror
+        for name in ("reason", "library", "verify_code", "verify_message"):
+            if hasattr(os_error, name):
+                setattr(made, name, getattr(os_error, name))
+    return made
+
+
+def recipients_refused(
+    recipients: dict[str, tuple[int, bytes]], *, stage: Stage, server: str
+) -> RecipientsRefused:
+    """Say that none of the recipients was accepted, in the words of the first no."""
+    code, text = next(iter(recipients.values()))
+    which = "the recipient" if len(recipients) == 1 else f"all {len(recipients)}"
+    return RecipientsRefused(
+        f"RCPT TO: {which} refused by {server}: {_reply(code, text)}",
+        recipients,
+        stage=stage,
+        server=server,
+    )
+
+
+def _from_reply(
+    error: aiosmtplib.SMTPResponseException,
+    details: dict[str, Any],
+    maybe_delivered: bool,
+) -> SMTPError:
+    stage: Stage = details["stage"]
+    cls = FROM_AIOSMTPLIB[type(error)]
+    if cls is ResponseError:
+        cls = REPLY_AT_STAGE.get(stage, ResponseError)
+    if error.code == 421:
+        cls = CLOSED_BY_REPLY.get(cls, cls)
+    text = error.message
+    if error.code == -1 and text.startswith(MALFORMED):
+        # As smtplib has it: the line without the place of the reply code.
+        text = text.removeprefix(MALFORMED)[4:].strip(" \t\r\n")
+    more = (error.sender,) if isinstance(error, aiosmtplib.SMTPSenderRefused) else ()
+    raw = _as_bytes(text)
+    message = (
+        f"{ACTION[stage]} refused by {details['server']}: {_reply(error.code, raw)}"
+    )
+    return cls(
+        message, error.code, raw, *more, **details, maybe_delivered=maybe_delivered
+    )
+
+
+def _reply(code: int, text: bytes) -> str:
+    words = text.decode("utf-8", "replace").replace("\n", " ")
+    return f"{code} {words}" if code != -1 else f"no SMTP reply: {words!r}"
+
+
+def _as_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _origin(
+    error: BaseException,
+) -> tuple[aiosmtplib.SMTPException | None, OSError | None]:
+    """Return aiosmtplib's innermost error, and the system's error that caused it."""
+    inner = None
+    cause: BaseException | None = error
+    while isinstance(cause, aiosmtplib.SMTPException):
+        inner, cause = cause, cause.__cause__
+    return inner, cause if isinstance(cause, OSError) else None
+
+
+def _class_of(
+    inner: aiosmtplib.SMTPException | None, os_error: OSError | None, stage: Stage
+) -> type[SMTPError]:
+    if stage == "tls" and isinstance(inner, aiosmtplib.SMTPTimeoutError):
+        return TLSTimeout
+    table = [*FROM_OS, *FROM_OS_IN_TLS] if stage == "tls" else FROM_OS
+    for kind, cls in table:
+        if isinstance(os_error, kind):
+            return cls
+    if stage == "connect" and isinstance(os_error, TimeoutError):
+        return ConnectTimeout
+    if inner is not None:
+        return FROM_AIOSMTPLIB[type(inner)]
+    return ConnectError if stage == "connect" else Disconnected
+
+
+def _what_happened(cls: type[SMTPError], reason: Exception, server: str) -> str:
+    if issubclass(cls, TimeoutError):
+        return f"no answer from {server} within the timeout"
+    if issubclass(cls, Disconnected):
+        return f"{server} closed the connection"
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return f"the certificate of {server} is not valid: {reason.verify_message}"
+    if isinstance(reason, OSError) and reason.strerror:
+        return f"{server} failed: {reason.strerror}"
+    return f"{server} failed: {reason}"
+
+
+def _is_temporary(cls: type[SMTPError], reason: Exception) -> bool:
+    if issubclass(cls, UnknownHost):
+        return isinstance(reason, OSError) and reason.errno == socket.EAI_AGAIN
+    if issubclass(cls, TLSError):
+        return issubclass(cls, TLSDisconnected | TLSTimeout)
+    return issubclass(cls, ConnectError | Disconnected)

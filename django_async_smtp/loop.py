@@ -1,0 +1,309 @@
+"""
+The SMTP loop: one event loop in one daemon thread, on which every session lives.
+
+Callers of every kind share it: ``call`` blocks a thread until the work is done,
+``acall`` awaits it from a coroutine on any other loop. Either way the work can run
+functions in the thread of the caller (``InCaller``), where user code belongs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextvars
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+from asgiref.sync import SyncToAsync, async_to_sync, sync_to_async
+
+from .pool import Pool
+
+if TYPE_CHECKING:
+    from .options import Options
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# Seconds that all idle sessions together get for their QUIT when the process ends.
+EXIT_TIMEOUT: Final = 1.5
+# Seconds for the thread to come up, before it is taken for one that never will.
+START_TIMEOUT: Final = 10.0
+
+_HINTS: Final = ("main_event_loop", "main_event_loop_pid", "task_context")
+
+
+class InCaller(Protocol):
+    """Runs a function in the thread and the context of the caller; awaitable."""
+
+    def __call__(
+        self, function: Callable[..., R], *args: Any
+    ) -> Coroutine[Any, Any, R]:
+        """Return what the function returns, or raise what it raises."""
+
+
+Work = Callable[..., Coroutine[Any, Any, T]]
+
+
+class SMTPLoop:
+    """
+    A running loop, its thread, and the pools on it.
+
+    :ivar pools: to be touched on the loop only.
+    """
+
+    def __init__(self) -> None:
+        self.pools: dict[Options, Pool] = {}
+        self.loop = asyncio.SelectorEventLoop()
+        self.thread = threading.Thread(
+            target=self._run, name="django-async-smtp", daemon=True
+        )
+        started = threading.Event()
+        self.loop.call_soon(started.set)
+        self.thread.start()
+        if not started.wait(START_TIMEOUT):
+            raise RuntimeError(
+                "The SMTP thread does not run. Under uWSGI, set enable-threads."
+            )
+
+    def pool(self, options: Options) -> Pool:
+        """Return the pool for these options; to be called on the loop."""
+        pool = self.pools.get(options)
+        if pool is None:
+            pool = Pool(options, lambda: self._forget(options))
+            self.pools[options] = pool
+        return pool
+
+    def call(self, work: Work[T], *args: Any) -> T:
+        """
+        Run ``work(in_caller, *args)`` on the loop and wait for it.
+
+        A wait that is broken off, as by KeyboardInterrupt, cancels the work.
+
+        :raises RuntimeError: this is the thread of the loop: it would wait for itself.
+        """
+        if threading.current_thread() is self.thread:
+            raise RuntimeError(
+                "Mail cannot be sent synchronously from the SMTP thread: "
+                "await asend_messages()."
+            )
+        handle = _Handle(self.loop)
+        try:
+            if _is_in_running_loop():
+                _warn_of_blocking()
+                return self._call_from_helper_thread(handle, work, args)
+            return self._call(handle, work, args)
+        except _CallerStopped as stopped:
+            raise stopped.reason from None
+        except BaseException:
+            handle.cancel()
+            raise
+
+    async def acall(self, work: Work[T], *args: Any) -> T:
+        """
+        Run ``work(in_caller, *args)`` on the loop, and await it on this one.
+
+        A cancelled wait cancels the work.
+        """
+        callers_loop = asyncio.get_running_loop()
+        context = contextvars.copy_context()
+
+        async def in_caller(function: Callable[..., R], *args: Any) -> R:
+            # From the caller's own loop, because asgiref picks the thread there.
+            future = context.copy().run(
+                asyncio.run_coroutine_threadsafe,
+                _capturing(function, *args),
+                callers_loop,
+            )
+            return _released(await asyncio.wrap_future(future))
+
+        future = asyncio.run_coroutine_threadsafe(work(in_caller, *args), self.loop)
+        try:
+            return await asyncio.wrap_future(future)
+        except _CallerStopped as stopped:
+            raise stopped.reason from None
+
+    def close(self, timeout: float) -> None:
+        """Say QUIT on idle sessions; the others end when they are released."""
+        closing = asyncio.run_coroutine_threadsafe(self._close_pools(), self.loop)
+        with suppress(TimeoutError):
+            closing.result(timeout)
+
+    def _call(self, handle: _Handle, work: Work[T], args: tuple[Any, ...]) -> T:
+        with _directed_to(self.loop) as hints:
+
+            async def in_caller(function: Callable[..., R], *args: Any) -> R:
+                outcome = await _capturing(_with_hints, hints, function, *args)
+                return _released(outcome)
+
+            return async_to_sync(self._run_here)(handle, in_caller, work, args)
+
+    async def _run_here(
+        self, handle: _Handle, in_caller: InCaller, work: Work[T], args: tuple[Any, ...]
+    ) -> T:
+        if asyncio.get_running_loop() is not self.loop:
+            # asgiref did not follow the hint.
+            return await self.acall(work, *args)
+        handle.start()
+        return await work(in_caller, *args)
+
+    def _call_from_helper_thread(
+        self, handle: _Handle, work: Work[T], args: tuple[Any, ...]
+    ) -> T:
+        context = contextvars.copy_context()
+        executor = ThreadPoolExecutor(1, thread_name_prefix="django-async-smtp-caller")
+        try:
+            return executor.submit(context.run, self._call, handle, work, args).result()
+        finally:
+            executor.shutdown(wait=False)
+
+    async def _close_pools(self) -> None:
+        for pool in list(self.pools.values()):
+            pool.stop_keeping()
+        await asyncio.gather(*(pool.closed() for pool in list(self.pools.values())))
+
+    def _forget(self, options: Options) -> None:
+        self.pools.pop(options, None)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+
+class _Handle:
+    """Lets a caller cancel its work, started or not."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._task: asyncio.Task[Any] | None = None
+        self._is_cancelled = False
+
+    def start(self) -> None:
+        if self._is_cancelled:
+            raise asyncio.CancelledError
+        self._task = asyncio.current_task()
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+        self._loop.call_soon_threadsafe(self._cancel_task)
+
+    def _cancel_task(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+
+@contextmanager
+def _directed_to(loop: asyncio.AbstractEventLoop) -> Iterator[dict[str, Any]]:
+    """
+    Tell asgiref to run this thread's next ``async_to_sync`` on the loop.
+
+    Without a task context: it would cancel the loop's task from this thread.
+    """
+    threadlocal = SyncToAsync.threadlocal
+    hints = {name: getattr(threadlocal, name, None) for name in _HINTS}
+    vars(threadlocal).update(zip(_HINTS, (loop, os.getpid(), None), strict=True))
+    try:
+        yield hints
+    finally:
+        vars(threadlocal).update(hints)
+
+
+def _with_hints(hints: dict[str, Any], function: Callable[..., T], *args: Any) -> T:
+    """Keep ``async_to_sync`` in user code off the SMTP loop."""
+    vars(SyncToAsync.threadlocal).update(hints)
+    return function(*args)
+
+
+async def _capturing(function: Callable[..., T], *args: Any) -> Future[T]:
+    """
+    Run the function in the caller's thread; return its outcome, done.
+
+    A KeyboardInterrupt or SystemExit must not be raised within a task: asyncio would
+    end the loop, and with it everybody's mail.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(function(*args))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    await sync_to_async(run)()
+    return outcome
+
+
+def _released(outcome: Future[T]) -> T:
+    error = outcome.exception()
+    if error is not None and not isinstance(error, Exception):
+        raise _CallerStopped(error)
+    return outcome.result()
+
+
+class _CallerStopped(Exception):  # noqa: N818
+    """User code raised what ends a program, KeyboardInterrupt or SystemExit."""
+
+    def __init__(self, reason: BaseException) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def _is_in_running_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _warn_of_blocking() -> None:
+    """Warn at the line of the project that sends synchronously in a coroutine."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _is_of_library(frame.f_globals["__name__"]):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        "Sending mail synchronously blocks this event loop until the server has "
+        "answered. Use `await asend_mail(...)` or `await backend.asend_messages(...)`.",
+        RuntimeWarning,
+        stacklevel=level,
+    )
+
+
+def _is_of_library(module: str) -> bool:
+    return module.partition(".")[0] in {"django_async_smtp", "django", "asgiref"}
+
+
+_current: SMTPLoop | None = None
+_starting = threading.Lock()
+# Never freed: a finalizer would act on sockets that the parent process still uses.
+_inherited: list[SMTPLoop | None] = []
+
+
+def smtp_loop() -> SMTPLoop:
+    """Return this process's loop; the first call starts it."""
+    global _current
+    with _starting:
+        if _current is None or not _current.thread.is_alive():
+            _current = SMTPLoop()
+        return _current
+
+
+def _close_at_exit() -> None:
+    if _current is not None and _current.thread.is_alive():
+        _current.close(EXIT_TIMEOUT)
+
+
+def _forget_in_child() -> None:
+    global _current, _starting
+    _inherited.append(_current)
+    _current, _starting = None, threading.Lock()
+
+
+atexit.register(_close_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,227 @@
+"""Every setting of a connection: read, checked and explained once."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import ssl
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from django.conf import settings
+from django.core import mail
+from django.core.exceptions import ImproperlyConfigured
+
+DEFAULT_TIMEOUT: Final = 60.0
+
+# Option -> the setting that Django has for it.
+DJANGO_SETTINGS: Final = {
+    "host": "EMAIL_HOST",
+    "port": "EMAIL_PORT",
+    "username": "EMAIL_HOST_USER",
+    "password": "EMAIL_HOST_PASSWORD",
+    "use_tls": "EMAIL_USE_TLS",
+    "use_ssl": "EMAIL_USE_SSL",
+    "timeout": "EMAIL_TIMEOUT",
+    "ssl_keyfile": "EMAIL_SSL_KEYFILE",
+    "ssl_certfile": "EMAIL_SSL_CERTFILE",
+}
+
+
+class OptionError(ImproperlyConfigured, ValueError):
+    """
+    An ``EMAIL_*`` setting or a key of ``ASYNC_SMTP`` cannot be used.
+
+    A ``ValueError`` too: Django's backend raises one for ``EMAIL_USE_TLS`` together
+    with ``EMAIL_USE_SSL``.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """
+    The settings of a connection to one server.
+
+    Hashable: connections are shared by all that have equal options. The repr holds
+    no credentials.
+
+    :ivar timeout: seconds without progress, on connecting and on each reply.
+    :ivar local_hostname: the name said in EHLO; None: this machine's own.
+    :ivar source_address: the local ``(host, port)`` to connect from.
+    :ivar ssl_context: used for TLS, and needed where TLS is on.
+    """
+
+    host: str
+    port: int
+    username: str = field(default="", repr=False)
+    password: str = field(default="", repr=False)
+    use_tls: bool = False
+    use_ssl: bool = False
+    timeout: float = DEFAULT_TIMEOUT
+    local_hostname: str | None = None
+    source_address: tuple[str, int] | None = None
+    ssl_context: ssl.SSLContext | None = field(default=None, repr=False)
+
+    @property
+    def server(self) -> str:
+        """``host:port``, as errors and logs name the server."""
+        return f"{self.host}:{self.port}"
+
+    @property
+    def uses_login(self) -> bool:
+        """As in Django, a login needs both the user name and the password."""
+        return bool(self.username and self.password)
+
+
+def uses_mailers() -> bool:
+    """Whether the project's mail settings are MAILERS (Django 6.1 and later)."""
+    return hasattr(mail, "mailers") and hasattr(settings, "MAILERS")
+
+
+def from_settings() -> dict[str, Any]:
+    """
+    Return the options that ``EMAIL_*`` and ``ASYNC_SMTP`` give.
+
+    :raises OptionError: ``ASYNC_SMTP`` has an unknown key or a value of a wrong type.
+    """
+    extra = getattr(settings, "ASYNC_SMTP", {})
+    if not isinstance(extra, Mapping):
+        raise OptionError(f"ASYNC_SMTP must be a dict, not {_type_name(extra)}.")
+    for key, value in extra.items():
+        if key in DJANGO_SETTINGS:
+            raise OptionError(f"ASYNC_SMTP[{key!r}]: set {DJANGO_SETTINGS[key]}.")
+        if key not in EXTRA:
+            raise OptionError(f"ASYNC_SMTP[{key!r}] is unknown.{_closest(key)}")
+        _check_type(key, value, None)
+    django = {name: getattr(settings, key) for name, key in DJANGO_SETTINGS.items()}
+    return django | dict.fromkeys(EXTRA) | dict(extra)
+
+
+def checked(values: Mapping[str, Any], alias: str | None) -> dict[str, Any]:
+    """
+    Return the values as ``Options`` wants them, but for the TLS files.
+
+    :param values: a value, or None for the default, of each key of ``TYPES``.
+    :param alias: the MAILERS alias that they come from, or None for ``EMAIL_*``.
+    :raises OptionError: a value has the wrong type, or excludes another one;
+        ``InvalidMailer`` where there is an alias.
+    """
+    found = dict(values)
+    if isinstance(found["port"], str) and found["port"].isdecimal():
+        found["port"] = int(found["port"])
+    if alias is None:
+        # Django's own backend takes whatever is true for True.
+        for name in ("use_tls", "use_ssl"):
+            found[name] = bool(found[name])
+    for name, value in found.items():
+        _check_type(name, value, alias)
+    if not found["host"]:
+        raise _error("OPTIONS must define 'host'.", "EMAIL_HOST is empty.", alias)
+    if found["use_tls"] and found["use_ssl"]:
+        raise _error(
+            "The 'use_ssl' and 'use_tls' OPTIONS are incompatible. "
+            "Set at most one of them to True.",
+            "EMAIL_USE_TLS/EMAIL_USE_SSL are mutually exclusive, so only set one of "
+            "those settings to True.",
+            alias,
+        )
+    if found["source_address"] is not None:
+        found["source_address"] = tuple(found["source_address"])
+    for name in ("ssl_keyfile", "ssl_certfile", "ssl_cafile"):
+        if found[name] is not None:
+            found[name] = os.fspath(found[name])
+    return found
+
+
+def _error(in_mailers: str, in_settings: str, alias: str | None) -> Exception:
+    if alias is None:
+        return OptionError(in_settings)
+    error: Exception = mail.InvalidMailer(in_mailers, alias=alias)
+    return error
+
+
+def _check_type(name: str, value: object, alias: str | None) -> None:
+    expected, fits = TYPES[name]
+    if value is None or fits(value):
+        return
+    setting = DJANGO_SETTINGS.get(name, f"ASYNC_SMTP[{name!r}]")
+    problem = f"must be {expected}, not {_type_name(value)}."
+    raise _error(f"The {name!r} option {problem}", f"{setting} {problem}", alias)
+
+
+def _type_name(value: object) -> str:
+    # Never the value: what stands at the wrong place may be a password.
+    kind = type(value)
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{module}{kind.__qualname__}"
+
+
+def _closest(key: object) -> str:
+    near = difflib.get_close_matches(str(key), EXTRA, n=1)
+    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(EXTRA)}."
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_seconds(value: Any) -> bool:
+    return _is_number(value) and 0 < value < math.inf
+
+
+def _is_port(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value) and 0 < value < 65536
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | os.PathLike)
+
+
+def _is_host_name(value: object) -> bool:
+    return isinstance(value, str) and value.isascii() and _is_one_word(value)
+
+
+def _is_one_word(value: str) -> bool:
+    return value.isprintable() and len(value.split()) == 1 and value.strip() == value
+
+
+def _is_source_address(value: Any) -> bool:
+    return (
+        isinstance(value, tuple | list)
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and (value[1] == 0 or _is_port(value[1]))
+    )
+
+
+Check = tuple[str, Callable[[Any], bool]]
+
+# What Django has no setting for: the keys of ASYNC_SMTP.
+EXTRA: Final[dict[str, Check]] = {
+    "local_hostname": ("a host name in ASCII", _is_host_name),
+    "source_address": ("a tuple (host, port)", _is_source_address),
+    "ssl_cafile": ("a path", _is_path),
+}
+
+TYPES: Final[dict[str, Check]] = {
+    "host": ("a string", _is_text),
+    "port": ("a port number", _is_port),
+    "username": ("a string", _is_text),
+    "password": ("a string", _is_text),
+    "use_tls": ("True or False", _is_bool),
+    "use_ssl": ("True or False", _is_bool),
+    "timeout": ("a number of seconds above 0", _is_seconds),
+    "ssl_keyfile": ("a path", _is_path),
+    "ssl_certfile": ("a path", _is_path),
+    **EXTRA,
+}
