@@ -120,7 +120,8 @@ class SMTPLoop:
                 _capturing(function, *args),
                 callers_loop,
             )
-            return _released(await asyncio.wrap_future(future))
+            outcome: Future[R] = await asyncio.wrap_future(future)
+            return _released(outcome)
 
         future = asyncio.run_coroutine_threadsafe(work(in_caller, *args), self.loop)
         try:
@@ -138,10 +139,13 @@ class SMTPLoop:
         with _directed_to(self.loop) as hints:
 
             async def in_caller(function: Callable[..., R], *args: Any) -> R:
-                outcome = await _capturing(_with_hints, hints, function, *args)
+                outcome: Future[R] = await _capturing(
+                    _with_hints, hints, function, *args
+                )
                 return _released(outcome)
 
-            return async_to_sync(self._run_here)(handle, in_caller, work, args)
+            result: T = async_to_sync(self._run_here)(handle, in_caller, work, args)
+            return result
 
     async def _run_here(
         self, handle: _Handle, in_caller: InCaller, work: Work[T], args: tuple[Any, ...]
@@ -245,7 +249,7 @@ def _released(outcome: Future[T]) -> T:
     return outcome.result()
 
 
-class _CallerStopped(Exception):  # noqa: N818
+class _CallerStopped(Exception):
     """User code raised what ends a program, KeyboardInterrupt or SystemExit."""
 
     def __init__(self, reason: BaseException) -> None:

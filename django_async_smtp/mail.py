@@ -10,7 +10,6 @@ from django.conf import settings
 from django.core import mail
 from django.core.exceptions import ImproperlyConfigured
 from django.core.mail import EmailMessage, EmailMultiAlternatives
-
 from django.utils.functional import Promise
 
 from .options import uses_mailers

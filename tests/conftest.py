@@ -1,0 +1,113 @@
+"""What the tests share: certificates, servers, and backends for the settings in use."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from django.core import mail
+
+from django_async_smtp import Backend
+from django_async_smtp.loop import smtp_loop
+from django_async_smtp.options import DJANGO_SETTINGS
+
+from .servers import MailServer
+
+OURS = "django_async_smtp.Backend"
+DJANGOS = "django.core.mail.backends.smtp.EmailBackend"
+
+MakeBackend = Callable[..., Backend]
+
+
+@pytest.fixture(scope="session")
+def ca() -> trustme.CA:
+    """A certificate authority that nobody else knows."""
+    return trustme.CA()
+
+
+@pytest.fixture(scope="session")
+def cafile(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The authority's certificate, in PEM."""
+    path = tmp_path_factory.mktemp("ca") / "ca.pem"
+    ca.cert_pem.write_to_path(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def server_tls(ca: trustme.CA) -> ssl.SSLContext:
+    """A server's context, valid for 127.0.0.1 and localhost."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    ca.issue_cert("127.0.0.1", "localhost").configure_cert(context)
+    return context
+
+
+@pytest.fixture
+def server() -> Iterator[MailServer]:
+    """A server without TLS and AUTH."""
+    with MailServer() as running:
+        yield running
+
+
+def configure(settings: Any, path: str, **options: Any) -> None:
+    """Set the project's mail settings, of whichever generation, to a backend."""
+    if hasattr(settings, "MAILERS"):
+        settings.MAILERS = {"default": {"BACKEND": path, "OPTIONS": options}}
+        return
+    settings.EMAIL_BACKEND = path
+    for name, setting in DJANGO_SETTINGS.items():
+        if name in options:
+            setattr(settings, setting, options.pop(name))
+    settings.ASYNC_SMTP = options
+
+
+def default_backend() -> Any:
+    """Return a new backend as the project's settings say."""
+    return mail.mailers.default if hasattr(mail, "mailers") else mail.get_connection()
+
+
+@pytest.fixture
+def make_backend(settings: Any) -> MakeBackend:
+    """Set our backend up in the project's settings, and return one."""
+
+    def make(server: Any = None, *, fail_silently: bool = False, **options: Any) -> Any:
+        if server is not None:
+            options = {"host": server.host, "port": server.port, **options}
+        configure(settings, OURS, **options)
+        backend = default_backend()
+        backend.fail_silently = fail_silently
+        return backend
+
+    return make
+
+
+@pytest.fixture
+def make_django_backend(settings: Any) -> Callable[..., Any]:
+    """Set Django's own backend up in the project's settings, and return one."""
+
+    def make(server: Any, *, fail_silently: bool = False, **options: Any) -> Any:
+        options = {"host": server.host, "port": server.port, **options}
+        configure(settings, DJANGOS, **options)
+        backend = default_backend()
+        backend.fail_silently = fail_silently
+        return backend
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _no_connections_left() -> Iterator[None]:
+    """End every connection after a test, so that none serves the next one."""
+    yield
+    smtp = smtp_loop()
+
+    async def abort_all(in_caller: object) -> None:
+        for pool in list(smtp.pools.values()):
+            pool.stop_keeping()
+            await pool.closed()
+        smtp.pools.clear()
+
+    smtp.call(abort_all)

@@ -1,0 +1,425 @@
+"""SMTP servers for the tests: one that works, and one that misbehaves on purpose."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
+
+USERNAME = "alice"
+PASSWORD = "correct horse battery"
+
+
+def wait_until(is_true: Callable[[], object], seconds: float = 10.0) -> None:
+    """Wait for something to become true on another thread; fail if it does not."""
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end, f"not true within {seconds} s"
+        time.sleep(0.005)
+
+
+@dataclass
+class Received:
+    """A message as a server got it."""
+
+    sender: str
+    recipients: list[str]
+    content: bytes
+    connection: int = 0
+    tls: bool = False
+    login: bool = False
+    options: str = ""
+
+
+class _Recorder:
+    """aiosmtpd's hooks: takes everything, but for what the addresses ask for."""
+
+    def __init__(self, received: list[Received]) -> None:
+        self.received = received
+        self.peers: list[Any] = []
+
+    async def handle_RCPT(  # noqa: N802
+        self,
+        server: SMTP,
+        session: Session,
+        envelope: Envelope,
+        address: str,
+        options: list[str],
+    ) -> str:
+        if address.startswith("nouser@"):
+            return f"550 5.1.1 <{address}>: user unknown"
+        if address.startswith("greylisted@"):
+            return "451 4.7.1 greylisted, try again later"
+        envelope.rcpt_tos.append(address)
+        return "250 2.1.5 Ok"
+
+    async def handle_DATA(  # noqa: N802
+        self, server: SMTP, session: Session, envelope: Envelope
+    ) -> str:
+        if session.peer not in self.peers:
+            self.peers.append(session.peer)
+        content = envelope.original_content
+        assert isinstance(content, bytes)
+        self.received.append(
+            Received(
+                envelope.mail_from or "",
+                list(envelope.rcpt_tos),
+                content,
+                connection=self.peers.index(session.peer),
+                tls=session.ssl is not None,
+                login=bool(session.authenticated),
+                options=" ".join(envelope.mail_options),
+            )
+        )
+        if b"Subject: reject me" in content:
+            return "554 5.6.0 rejected"
+        return f"250 2.0.0 Ok: queued as {len(self.received):04X}"
+
+
+def _authenticate(
+    server: SMTP, session: Session, envelope: Envelope, method: str, data: Any
+) -> AuthResult:
+    good = data == LoginPassword(USERNAME.encode(), PASSWORD.encode())
+    return AuthResult(success=good, handled=good)
+
+
+class MailServer:
+    """
+    A well-behaved server (aiosmtpd) on a free port, in its own thread.
+
+    ``nouser@`` is answered 550, ``greylisted@`` 451, a subject "reject me" 554.
+
+    :param tls: offers STARTTLS with it; with ``implicit``, speaks TLS from the start.
+    :param auth: offers AUTH, and wants it.
+    """
+
+    def __init__(
+        self,
+        *,
+        tls: ssl.SSLContext | None = None,
+        implicit: bool = False,
+        auth: bool = False,
+        smtputf8: bool = False,
+        hostname: str = "127.0.0.1",
+    ) -> None:
+        self.received: list[Received] = []
+        self._recorder = _Recorder(self.received)
+        self.host = hostname
+        self.port = free_port()
+        options: dict[str, Any] = {}
+        if auth:
+            options.update(
+                authenticator=_authenticate,
+                auth_required=True,
+                auth_require_tls=tls is not None and not implicit,
+            )
+        if tls is not None and not implicit:
+            options.update(tls_context=tls, require_starttls=True)
+        self._controller = Controller(
+            self._recorder,
+            hostname="127.0.0.1",
+            port=self.port,
+            ssl_context=tls if implicit else None,
+            enable_SMTPUTF8=smtputf8,
+            data_size_limit=200 * 2**20,
+            **options,
+        )
+
+    @property
+    def connections(self) -> int:
+        """How many connections brought a message."""
+        return len(self._recorder.peers)
+
+    def __enter__(self) -> Self:
+        self._controller.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._controller.stop()
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+class Action:
+    """Something other than a reply, at a stage of a script."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+CLOSE = Action("CLOSE")  # FIN
+RESET = Action("RESET")  # RST
+SILENCE = Action("SILENCE")  # nothing more, until the client or the test ends
+DEFAULT = Action("DEFAULT")  # what a working server answers
+
+Step = bytes | Action
+Script = dict[str, Step | Iterable[Step]]
+
+
+class _Closed(Exception):
+    pass
+
+
+@dataclass
+class ScriptedServer:
+    """
+    A server that does what a script says, and works where it says nothing.
+
+    A script maps a stage to bytes to send, an Action, or several of them in order.
+    Stages: greeting, ehlo, helo, starttls, tls (in place of the handshake), auth,
+    mail, rcpt, data, body (after the whole message), rset, noop, quit, and a
+    recipient's address (before ``rcpt``). ``idle`` runs after the reply to a body.
+
+    :ivar scripts: the script of the first connection, of the second, and so on; the
+        last one serves all further ones.
+    :ivar received: every message that arrived whole, whatever was answered.
+    :ivar lines: the commands of all connections, in order.
+    """
+
+    scripts: tuple[Script, ...] = ({},)
+    tls: ssl.SSLContext | None = None
+    implicit: bool = False
+    extensions: tuple[str, ...] = ("SIZE 10000000", "8BITMIME", "PIPELINING")
+    slow_body: float = 0.0
+    received: list[Received] = field(default_factory=list)
+    lines: list[bytes] = field(default_factory=list)
+    connections: int = 0
+    host: str = "127.0.0.1"
+
+    def __post_init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+        if self.slow_body:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        self.port: int = self._listener.getsockname()[1]
+        self._stop = threading.Event()
+        self._open: list[socket.socket] = []
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop.set()
+        # close() alone does not wake the thread that is in accept().
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for sock in list(self._open):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def open_connections(self) -> int:
+        """How many connections the server has not seen the end of."""
+        return len(self._open)
+
+    def commands(self, verb: bytes) -> list[bytes]:
+        """Return the lines that began with a verb."""
+        return [line for line in self.lines if line.upper().startswith(verb)]
+
+    def close_all(self, farewell: bytes = b"") -> None:
+        """End all connections now, as a server that restarts does."""
+        for sock in list(self._open):
+            with suppress(OSError):
+                if farewell:
+                    sock.sendall(farewell)
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            with self._lock:
+                number = self.connections
+                self.connections += 1
+                self._open.append(sock)
+            threading.Thread(
+                target=self._serve, args=(sock, number), daemon=True
+            ).start()
+
+    def _serve(self, sock: socket.socket, number: int) -> None:
+        script = self.scripts[min(number, len(self.scripts) - 1)]
+        connection = _Connection(self, sock, script, number)
+        try:
+            connection.run()
+        except (_Closed, OSError):
+            pass
+        finally:
+            with suppress(OSError):
+                connection.sock.close()
+            self._open.remove(sock)
+            with suppress(OSError):
+                sock.close()
+
+
+class _Connection:
+    def __init__(
+        self, server: ScriptedServer, sock: socket.socket, script: Script, number: int
+    ) -> None:
+        self.server = server
+        self.raw = sock
+        self.sock = sock
+        self.script = {
+            stage: (steps,) if isinstance(steps, bytes | Action) else tuple(steps)
+            for stage, steps in script.items()
+        }
+        self.number = number
+        self.is_tls = False
+        self.login = False
+        self.buffer = b""
+
+    def run(self) -> None:
+        if self.server.implicit:
+            self.start_tls()
+        self.do("greeting", b"220 test ESMTP\r\n")
+        sender, options = "", ""
+        recipients: list[str] = []
+        while True:
+            line = self.read_line()
+            self.server.lines.append(line)
+            verb, _, argument = line.decode("utf-8", "replace").partition(" ")
+            match verb.upper():
+                case "EHLO":
+                    self.do("ehlo", self.ehlo_reply())
+                case "HELO":
+                    self.do("helo", b"250 test\r\n")
+                case "STARTTLS":
+                    self.do("starttls", b"220 go\r\n")
+                    self.start_tls()
+                case "AUTH":
+                    self.authenticate(argument)
+                case "MAIL":
+                    path, _, options = argument.partition(" ")
+                    sender, recipients = path[6:-1], []
+                    self.do("mail", b"250 ok\r\n")
+                case "RCPT":
+                    address = argument[4:-1]
+                    reply = self.do(address, b"") or self.do("rcpt", b"250 ok\r\n")
+                    if reply.startswith(b"25"):
+                        recipients.append(address)
+                case "DATA":
+                    if self.do("data", b"354 go\r\n").startswith(b"354"):
+                        content = self.read_body()
+                        self.server.received.append(
+                            Received(
+                                sender,
+                                recipients,
+                                content,
+                                self.number,
+                                self.is_tls,
+                                self.login,
+                                options,
+                            )
+                        )
+                        self.do("body", b"250 ok queued\r\n")
+                        self.do("idle", b"")
+                case "QUIT":
+                    self.do("quit", b"221 bye\r\n")
+                    raise _Closed
+                case _:
+                    self.do(verb.lower(), b"250 ok\r\n")
+
+    def do(self, stage: str, default: bytes) -> bytes:
+        """Do the script's step, or the default; return the last reply sent."""
+        steps = self.script.get(stage)
+        if steps is None:
+            if default:
+                self.sock.sendall(default)
+            return default
+        sent = b""
+        for step in steps:
+            if step is DEFAULT:
+                step = default
+            if isinstance(step, bytes):
+                self.sock.sendall(step)
+                sent = step
+            elif step is SILENCE:
+                self.server._stop.wait(30)
+                raise _Closed
+            elif step is RESET:
+                self.raw.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
+                self.sock.close()
+                raise _Closed
+            else:
+                with suppress(OSError):
+                    self.raw.shutdown(socket.SHUT_RDWR)
+                raise _Closed
+        return sent
+
+    def ehlo_reply(self) -> bytes:
+        extensions = list(self.server.extensions)
+        if self.server.tls is not None and not self.is_tls:
+            extensions.append("STARTTLS")
+        lines = ["test", *extensions]
+        marks = ["-"] * (len(lines) - 1) + [" "]
+        return "".join(
+            f"250{mark}{line}\r\n" for mark, line in zip(marks, lines, strict=True)
+        ).encode()
+
+    def start_tls(self) -> None:
+        if "tls" in self.script:
+            self.do("tls", b"")
+            self.server._stop.wait(30)
+            raise _Closed
+        assert self.server.tls is not None
+        self.sock = self.server.tls.wrap_socket(self.sock, server_side=True)
+        self.buffer = b""
+        self.is_tls = True
+
+    def authenticate(self, argument: str) -> None:
+        method, _, initial = argument.partition(" ")
+        if method.upper() == "CRAM-MD5" and "auth" not in self.script:
+            self.sock.sendall(b"334 PDEyMzRAdGVzdD4=\r\n")
+            self.server.lines.append(self.read_line())
+        if method.upper() == "LOGIN" and "auth" not in self.script:
+            for _ in range(1 if initial else 2):
+                self.sock.sendall(b"334 UGFzc3dvcmQ6\r\n")
+                self.server.lines.append(self.read_line())
+        reply = self.do("auth", b"235 welcome\r\n")
+        self.login = reply.startswith(b"235")
+
+    def read_line(self) -> bytes:
+        while b"\n" not in self.buffer:
+            self.fill()
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        return line.rstrip(b"\r")
+
+    def read_body(self) -> bytes:
+        while not self.buffer.endswith(b"\r\n.\r\n") and self.buffer != b".\r\n":
+            if self.server.slow_body:
+                time.sleep(self.server.slow_body)
+            self.fill()
+        content, self.buffer = self.buffer[:-3], b""
+        return (
+            content.replace(b"\r\n..", b"\r\n.").removeprefix(b".")
+            if (content.startswith(b".."))
+            else content.replace(b"\r\n..", b"\r\n.")
+        )
+
+    def fill(self) -> None:
+        data = self.sock.recv(65536)
+        if not data:
+            raise _Closed
+        self.buffer += data

@@ -1,0 +1,5 @@
+"""No URLs by default."""
+
+from typing import Any
+
+urlpatterns: list[Any] = []
