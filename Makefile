@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/.ready
-	$(BIN)/python example_project/manage.py demo
+	$(BIN)/python example_project/demo.py
 
 test: lint
 	$(BIN)/coverage erase
