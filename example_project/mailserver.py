@@ -7,6 +7,8 @@ import email.policy
 import logging
 import socket
 import ssl
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -72,11 +74,11 @@ class MailServer:
         self, server: SMTP, session: Session, envelope: Envelope
     ) -> str:
         """Keep a message; aiosmtpd calls this."""
-        content = envelope.original_content
+        content = envelope.original_content or b""
         message = email.message_from_bytes(content, policy=email.policy.default)
         self.received.append(
             Received(
-                sender=envelope.mail_from,
+                sender=envelope.mail_from or "",
                 recipients=list(envelope.rcpt_tos),
                 subject=str(message["Subject"]),
                 size=len(content),
@@ -92,3 +94,14 @@ def _authenticate(
 ) -> AuthResult:
     good = data == LoginPassword(USER.encode(), PASSWORD.encode())
     return AuthResult(success=good, handled=good, auth_data=data)
+
+
+def main() -> None:
+    """Serve until standard input ends; say the port and the CA's file first."""
+    with tempfile.TemporaryDirectory() as folder, MailServer(Path(folder)) as server:
+        print(server.port, server.ca_file, flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()
