@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import ssl
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from asgiref.sync import sync_to_async
 from django.core.mail.backends.base import BaseEmailBackend
@@ -15,29 +13,45 @@ from django.core.mail.utils import DNS_NAME
 
 from . import options as opts
 from . import tls
-from .delivery import Batch, Delivery, deliver
+from .delivery import Courier, deliver
 from .errors import SMTPError
-from .logs import log
 from .loop import InCaller, smtp_loop
+from .mailing import Mailing, log_failure
 
 if TYPE_CHECKING:
     from django.core.mail import EmailMessage
+
+# Seconds that a connection stays which open() made, where none is kept idle.
+WARM_TIME: Final = 20.0
 
 
 class Backend(BaseEmailBackend):
     """
     Sends mail over SMTP like Django's own backend, faster, and from coroutines.
 
-    The arguments are those of ``django.core.mail.backends.smtp.EmailBackend``, and
-    ``local_hostname``, ``source_address`` and ``ssl_cafile``; they win over the
-    settings. All can be read, and set, as attributes of the same name.
+    The arguments are those of ``django.core.mail.backends.smtp.EmailBackend`` and the
+    keys of ``ASYNC_SMTP``; they win over the settings. All can be read, and set, as
+    attributes of the same name.
 
     Connections belong to the process and are shared by all backends with the same
     options: ``open`` makes sure that there is one, and ``close`` leaves it to the
     next sender.
 
-    :ivar connection: the options of the open connection; None while none is open.
+    :ivar connection: where the open connection leads; None while none is open.
     """
+
+    local_hostname: str | None
+    source_address: tuple[str, int] | None
+    ssl_cafile: str | None
+    max_connections: int | None
+    max_messages: int | None
+    max_age: float | None
+    idle_timeout: float | None
+    ping_after: float | None
+    rate_limit: float | None
+    retries: int | None
+    retry_deadline: float | None
+    fallbacks: Sequence[str | Mapping[str, Any]] | None
 
     def __init__(
         self,
@@ -71,7 +85,8 @@ class Backend(BaseEmailBackend):
         }
         super().__init__(**kwargs)
         self.fail_silently = fail_silently
-        self.connection: opts.Options | None = None
+        self.connection: opts.Route | None = None
+        self._not_opened: SMTPError | None = None
         self.alias: str | None = getattr(self, "alias", None)
         values = self._with_defaults(given)
         self.host: str = values["host"]
@@ -83,9 +98,8 @@ class Backend(BaseEmailBackend):
         self.timeout: float | None = values["timeout"]
         self.ssl_keyfile: str | None = values["ssl_keyfile"]
         self.ssl_certfile: str | None = values["ssl_certfile"]
-        self.local_hostname: str | None = values["local_hostname"]
-        self.source_address: tuple[str, int] | None = values["source_address"]
-        self.ssl_cafile: str | None = values["ssl_cafile"]
+        for name in opts.EXTRA:
+            setattr(self, name, values[name])
 
     @property
     def ssl_context(self) -> ssl.SSLContext:
@@ -107,35 +121,39 @@ class Backend(BaseEmailBackend):
         """
         if self.connection is not None:
             return False
-        options = self._options()
+        route = self._route()
         try:
-            smtp_loop().call(_warm, options)
+            smtp_loop().call(_warm, route)
         except SMTPError as error:
             if not self.fail_silently:
                 raise
-            _log_failure(error)
+            self._not_opened = error
+            log_failure(error)
             return None
-        self.connection = options
+        self.connection = route
         return True
 
     async def aopen(self) -> bool | None:
         """Do as ``open``, without blocking the event loop."""
         if self.connection is not None:
             return False
-        options = await sync_to_async(self._options)()
+        route = await sync_to_async(self._route)()
         try:
-            await smtp_loop().acall(_warm, options)
+            await smtp_loop().acall(_warm, route)
         except SMTPError as error:
             if not self.fail_silently:
                 raise
-            await sync_to_async(_log_failure)(error)
+            self._not_opened = error
+            await sync_to_async(log_failure)(error)
             return None
-        self.connection = options
+        self.connection = route
         return True
 
     def close(self) -> None:
         """Give the connection back. Never fails."""
-        self.connection = None
+        route, self.connection = self.connection, None
+        if route is not None and any(s.idle_timeout == 0 for s in route.servers):
+            smtp_loop().close_idle_soon(route)
 
     async def aclose(self) -> None:
         """Do as ``close``."""
@@ -168,19 +186,25 @@ class Backend(BaseEmailBackend):
         :raises ValueError: a message could not be built, even with
             ``fail_silently``.
         """
-        messages = _peeked(email_messages)
-        if messages is None:
-            return 0
-        opened = self.open()
-        if opened is None:
+        mailing = Mailing(self, email_messages)
+        if mailing.is_empty:
             return 0
         try:
-            options = self.connection or self._options()
-            batch = smtp_loop().call(_deliver, options, messages)
+            opened = self.open()
+        except SMTPError as error:
+            raise mailing.not_opened(error) from error.__cause__
+        if opened is None:
+            return self._opened_silently(mailing)
+        try:
+            route = self.connection or self._route()
+            ended_by = smtp_loop().call(_deliver, mailing, route)
+        except BaseException:
+            mailing.log_failures()
+            raise
         finally:
             if opened:
                 self.close()
-        return self._settle(batch)
+        return mailing.settle(ended_by)
 
     async def asend_messages(self, email_messages: Iterable[EmailMessage]) -> int:
         """
@@ -189,22 +213,29 @@ class Backend(BaseEmailBackend):
         Messages are taken and built in the thread that ``sync_to_async`` gives. A
         cancelled call cancels what it has not sent yet.
         """
-        messages = await sync_to_async(_peeked)(email_messages)
-        if messages is None:
-            return 0
-        opened = await self.aopen()
-        if opened is None:
+        mailing = await sync_to_async(Mailing)(self, email_messages)
+        if mailing.is_empty:
             return 0
         try:
-            options = self.connection or await sync_to_async(self._options)()
-            batch = await smtp_loop().acall(_deliver, options, messages)
+            opened = await self.aopen()
+        except SMTPError as error:
+            await sync_to_async(mailing.not_opened)(error)
+            raise
+        if opened is None:
+            return await sync_to_async(self._opened_silently)(mailing)
+        try:
+            route = self.connection or await sync_to_async(self._route)()
+            ended_by = await smtp_loop().acall(_deliver, mailing, route)
+        except BaseException:
+            mailing.log_failures()
+            raise
         finally:
             if opened:
                 await self.aclose()
-        if batch.notable:
-            # What it logs may be handled by code that must not block this loop.
-            return await sync_to_async(self._settle)(batch)
-        return batch.sent
+        if ended_by is None and mailing.is_settled:
+            return mailing.sent
+        # What it logs may be handled by code that must not block this loop.
+        return await sync_to_async(mailing.settle)(ended_by)
 
     def _with_defaults(self, given: dict[str, Any]) -> dict[str, Any]:
         if self.alias is None and not opts.uses_mailers():
@@ -216,95 +247,47 @@ class Backend(BaseEmailBackend):
             for name, value in given.items()
         }
         if values["port"] is None:
-            values["port"] = (
-                465 if values["use_ssl"] else 587 if values["use_tls"] else 25
-            )
+            values["port"] = opts.default_port(values)
         opts.checked(values, self.alias)
         return values
 
-    def _options(self) -> opts.Options:
+    def _route(self) -> opts.Route:
         """
         Return what the attributes say now. Reads files; in the caller's thread.
         """
-        values = opts.checked(
-            {name: getattr(self, name) for name in opts.TYPES}, self.alias
-        )
-        uses_tls = values["use_tls"] or values["use_ssl"]
-        return opts.Options(
-            host=values["host"],
-            port=values["port"],
-            username=values["username"] or "",
-            password=values["password"] or "",
-            use_tls=values["use_tls"],
-            use_ssl=values["use_ssl"],
-            timeout=values["timeout"] or opts.DEFAULT_TIMEOUT,
-            local_hostname=values["local_hostname"] or DNS_NAME.get_fqdn(),
-            source_address=values["source_address"],
-            ssl_context=self.ssl_context if uses_tls else None,
+        return opts.route(
+            {name: getattr(self, name) for name in opts.TYPES},
+            self.alias,
+            local_hostname=DNS_NAME.get_fqdn(),
+            context_for=self._context_for,
         )
 
-    def _settle(self, batch: Batch) -> int:
-        """Log what would be lost otherwise, and raise what must be raised."""
-        to_raise: Exception | None = None
-        for _, delivery in batch.notable:
-            error = delivery.error
-            if error is None:
-                _log_refused(delivery)
-            elif self.fail_silently and isinstance(error, SMTPError):
-                _log_failure(error)
-            elif to_raise is None:
-                to_raise = error
-        if to_raise is not None:
-            raise to_raise
-        return batch.sent
+    def _context_for(self, values: Mapping[str, Any]) -> ssl.SSLContext:
+        files = [values[name] for name in ("ssl_certfile", "ssl_keyfile", "ssl_cafile")]
+        if files == [self.ssl_certfile, self.ssl_keyfile, self.ssl_cafile]:
+            return self.ssl_context
+        return tls.client_context(*files)
+
+    def _opened_silently(self, mailing: Mailing) -> int:
+        """Return the count of messages that were sent where opening failed: 0."""
+        if self._not_opened is not None:
+            mailing.not_opened(self._not_opened)
+        return 0
 
 
-def _peeked(messages: Iterable[EmailMessage] | None) -> Iterator[EmailMessage] | None:
-    """Return an iterator over the messages, or None where there are none."""
-    iterator = iter(messages or ())
-    for first in iterator:
-        return chain([first], iterator)
-    return None
-
-
-async def _warm(in_caller: InCaller, options: opts.Options) -> None:
-    pool = smtp_loop().pool(options)
-    if not pool.has_session:
-        pool.release(await pool.acquire())
+async def _warm(in_caller: InCaller, route: opts.Route) -> None:
+    """Make sure that a session with one of the servers is there."""
+    with smtp_loop().pools_for(route) as pools:
+        if any(pool.has_session and not pool.is_down for pool in pools):
+            return
+        courier = Courier(route, pools)
+        await courier.prepare()
+        # Even where none is kept idle: the call that opens it is about to use it.
+        courier.release(keep=max(WARM_TIME, *(s.idle_timeout for s in route.servers)))
 
 
 async def _deliver(
-    in_caller: InCaller, options: opts.Options, messages: Iterator[EmailMessage]
-) -> Batch:
-    return await deliver(in_caller, smtp_loop().pool(options), messages)
-
-
-def _log_failure(error: SMTPError) -> None:
-    log(
-        logging.ERROR,
-        "Mail not sent (fail_silently): %s%s",
-        error,
-        f" [{error.hint}]" if error.hint else "",
-        stage=error.stage,
-        server=error.server,
-        smtp_code=getattr(error, "smtp_code", None),
-        temporary=error.temporary,
-        maybe_delivered=error.maybe_delivered,
-        hint=error.hint,
-    )
-
-
-def _log_refused(delivery: Delivery) -> None:
-    log(
-        logging.WARNING,
-        "%s refused %d of %d recipients of a message that the others got: %s",
-        delivery.server,
-        len(delivery.refused),
-        len(delivery.refused) + len(delivery.accepted),
-        "; ".join(
-            f"{address}: {code} {text}"
-            for address, (code, text) in delivery.refused.items()
-        ),
-        stage="rcpt",
-        server=delivery.server,
-    )
+    in_caller: InCaller, mailing: Mailing, route: opts.Route
+) -> SMTPError | None:
+    with smtp_loop().pools_for(route) as pools:
+        return await deliver(in_caller, mailing, route, pools)

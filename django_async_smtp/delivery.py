@@ -1,23 +1,34 @@
-"""Messages over a pool: which session each takes, and what became of it."""
+"""Messages over pools: which session each takes, and what is tried again."""
 
 from __future__ import annotations
 
+import asyncio
+import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final, Literal
+from itertools import count
+from typing import TYPE_CHECKING, Final, Literal, Protocol, cast
 
 from . import errors
-from .envelope import Envelope, prepare
+from .loop import CallerStopped
 
 if TYPE_CHECKING:
     from django.core.mail import EmailMessage
 
+    from .envelope import Envelope
     from .loop import InCaller
+    from .options import Route
     from .pool import Pool
     from .session import Receipt, Session
 
 State = Literal["sent", "refused", "failed", "unknown", "not_sent"]
+
+# Where it fails, the next message would fail as well.
+_BEFORE_MAIL: Final = {"connect", "greeting", "ehlo", "tls", "auth"}
+TOO_MANY_RECIPIENTS: Final = 452
+# Seconds before the first retry; doubled for each further one.
+FIRST_PAUSE: Final = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +44,8 @@ class Delivery:
     :ivar refused: the other recipients: ``{address: (reply code, text)}``.
     :ivar reply: the server's answer to the message, such as ``"2.0.0 Ok: queued as
         4bQx"``.
-    :ivar server: ``"host:port"``.
-    :ivar attempts: how often it was tried.
+    :ivar server: ``"host:port"`` of the server that answered, or was tried last.
+    :ivar attempts: how many transactions were begun.
     :ivar seconds: from the first attempt to the outcome.
     :ivar error: what was, or would be, raised.
     """
@@ -49,124 +60,293 @@ class Delivery:
     error: Exception | None = None
 
 
-@dataclass
-class Batch:
+@dataclass(frozen=True)
+class Item:
     """
-    The outcome of one call. Keeps only the messages that need a word.
+    A message's turn.
 
-    :ivar sent: how many messages went out.
-    :ivar notable: those that failed, or that some recipient did not get.
+    :ivar envelope: None where it has no recipients; the error where it could not be
+        built.
+    :ivar has_backlog: whether many more are waiting behind it.
     """
 
-    sent: int = 0
-    notable: list[tuple[EmailMessage, Delivery]] = field(default_factory=list)
-
-    def note(self, message: EmailMessage, delivery: Delivery) -> None:
-        """Count a message's outcome, and set it as its ``delivery``."""
-        # Not an attribute of Django's class, but any message will carry it.
-        message.delivery = delivery  # type: ignore[attr-defined]
-        self.sent += delivery.state == "sent"
-        if delivery.error is not None or delivery.refused:
-            self.notable.append((message, delivery))
-
-    @property
-    def failures(self) -> list[tuple[EmailMessage, Exception]]:
-        """The messages that were not sent, with the reason, in order."""
-        return [(m, d.error) for m, d in self.notable if d.error is not None]
+    index: int
+    message: EmailMessage
+    envelope: Envelope | Exception | None
+    has_backlog: bool = False
 
 
-# Where it fails, a fresh connection would fail as well.
-_BEFORE_MAIL: Final = {"connect", "greeting", "ehlo", "tls", "auth"}
+class Source(Protocol):
+    """Where messages come from; its methods run in the caller's thread."""
+
+    def take(self, done: tuple[Item, Delivery] | None) -> Item | None:
+        """Say what became of one, and return the next, or None at the end."""
+
+    def finish(self, done: tuple[Item, Delivery]) -> None:
+        """Say what became of the last one."""
 
 
 async def deliver(
-    in_caller: InCaller, pool: Pool, messages: Iterator[EmailMessage]
-) -> Batch:
+    in_caller: InCaller, source: Source, route: Route, pools: list[Pool]
+) -> errors.SMTPError | None:
     """
-    Send messages in order. A refused one does not stop the others.
+    Send the messages of a source, on several sessions where it has a backlog.
 
-    The messages are taken and built in the caller's thread, one at a time. Each gets
-    its ``Delivery`` as the attribute ``delivery``.
+    A message that fails does not stop the others. What a fresh connection would meet
+    as well does: then the rest is left in the source.
+
+    :param pools: those of the route's servers.
+    :returns: the error that ended it early, if one did.
     """
-    batch = Batch()
-    while (item := await in_caller(_take, messages)) is not None:
-        message, envelope = item
-        delivery = await _deliver(pool, envelope)
-        batch.note(message, delivery)
-        if getattr(delivery.error, "stage", None) in _BEFORE_MAIL:
-            break
-    return batch
-
-
-def _take(
-    messages: Iterator[EmailMessage],
-) -> tuple[EmailMessage, Envelope | Exception | None] | None:
-    """Return the next message and its envelope, in the caller's thread."""
-    for message in messages:
-        if not message.recipients():
-            return message, None
-        try:
-            return message, prepare(message)
-        except Exception as error:
-            return message, error
-    return None
-
-
-async def _deliver(pool: Pool, envelope: Envelope | Exception | None) -> Delivery:
-    server = pool.options.server
-    if envelope is None:
-        return Delivery(state="not_sent", server=server)
-    if isinstance(envelope, Exception):
-        return Delivery(state="failed", server=server, error=envelope)
-    start = time.monotonic()
-    attempt = Attempt(pool, envelope)
+    work = _Work(in_caller, source, route, pools)
     try:
-        receipt = await attempt.send()
-    except Exception as error:
-        outcome = _failure(error)
-    else:
-        outcome = _success(receipt)
-    return replace(
-        outcome,
-        server=server,
-        attempts=attempt.count,
-        seconds=time.monotonic() - start,
-    )
+        await work.run()
+    finally:
+        await work.cancel_helpers()
+    return work.ended_by
 
 
-class Attempt:
+class _Work:
+    """One call's workers: the first one, and helpers that come for a backlog."""
+
+    def __init__(
+        self, in_caller: InCaller, source: Source, route: Route, pools: list[Pool]
+    ) -> None:
+        self.in_caller = in_caller
+        self.source = source
+        self.route = route
+        self.pools = pools
+        self.ended_by: errors.SMTPError | None = None
+        self._broken_source: Exception | None = None
+        self._helpers: set[asyncio.Task[None]] = set()
+        # Helpers that wait for a session, and hold no message.
+        self._idle_helpers: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        await self._work(Courier(self.route, self.pools))
+        self._dismiss_idle_helpers()
+        while self._helpers:
+            await asyncio.wait(self._helpers)
+        if self._broken_source is not None:
+            raise self._broken_source
+
+    async def cancel_helpers(self) -> None:
+        for helper in self._helpers:
+            helper.cancel()
+        await asyncio.gather(*self._helpers, return_exceptions=True)
+
+    async def _work(self, courier: Courier) -> None:
+        done: tuple[Item, Delivery] | None = None
+        try:
+            while not self._is_over:
+                item = await self.in_caller(self.source.take, done)
+                done = None
+                if item is None:
+                    break
+                if item.has_backlog and not self._helpers:
+                    self._get_help()
+                delivery = await courier.deliver(item.envelope)
+                done = item, delivery
+                self._end_if_shared(delivery.error)
+            if done is not None:
+                await self.in_caller(self.source.finish, done)
+        except Exception as error:
+            self._broken_source = self._broken_source or error
+            if isinstance(error, CallerStopped):
+                await self.cancel_helpers()
+        finally:
+            courier.release()
+
+    async def _help(self) -> None:
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        courier = Courier(self.route, self.pools)
+        try:
+            await courier.prepare()
+        except errors.SMTPError:
+            # The first worker meets the same, and says so.
+            return
+        finally:
+            self._idle_helpers.discard(task)
+        await self._work(courier)
+
+    def _get_help(self) -> None:
+        for _ in range(self.route.servers[0].max_connections - 1):
+            helper = asyncio.get_running_loop().create_task(self._help())
+            self._idle_helpers.add(helper)
+            self._helpers.add(helper)
+            helper.add_done_callback(self._helpers.discard)
+
+    def _dismiss_idle_helpers(self) -> None:
+        for helper in self._idle_helpers:
+            helper.cancel()
+
+    @property
+    def _is_over(self) -> bool:
+        return self.ended_by is not None or self._broken_source is not None
+
+    def _end_if_shared(self, error: Exception | None) -> None:
+        if isinstance(error, errors.SMTPError) and error.stage in _BEFORE_MAIL:
+            self.ended_by = self.ended_by or error
+            self._dismiss_idle_helpers()
+
+
+class Courier:
     """
-    Sending one envelope.
+    Sends one message after another, on one session for as long as it lasts.
 
-    :ivar count: how many sessions it was tried on.
+    :ivar attempts: how many transactions were begun for the message at hand.
     """
 
-    def __init__(self, pool: Pool, envelope: Envelope) -> None:
-        self.pool = pool
-        self.envelope = envelope
-        self.count = 0
+    def __init__(self, route: Route, pools: list[Pool]) -> None:
+        self.route = route
+        self.pools = pools
+        self.attempts = 0
+        self._pool = pools[0]
+        self._session: Session | None = None
 
-    async def send(self) -> Receipt:
+    async def prepare(self) -> None:
+        """Get a session ahead of the first message."""
+        self._session = await self._acquire(fresh=False)
+
+    def release(self, *, keep: float | None = None) -> None:
+        """Give the session back; see ``Pool.release``."""
+        if self._session is not None:
+            self._pool.release(self._session, keep=keep)
+            self._session = None
+
+    async def deliver(self, envelope: Envelope | Exception | None) -> Delivery:
+        """Send an envelope, as often as the route allows; never raises SMTPError."""
+        if envelope is None:
+            return Delivery(state="not_sent")
+        if isinstance(envelope, Exception):
+            return Delivery(state="failed", error=envelope)
+        start = time.monotonic()
+        self.attempts = 0
+        try:
+            outcome = await self._to_all(envelope)
+        except Exception as error:
+            self._pool.counts.errors += 1
+            outcome = _failure(error)
+        else:
+            self._pool.counts.messages += 1
+        return replace(
+            outcome,
+            server=self._pool.options.server,
+            attempts=self.attempts,
+            seconds=time.monotonic() - start,
+        )
+
+    async def _to_all(self, envelope: Envelope) -> Delivery:
         """
-        Send it, on a second session where the first had died while it was idle.
+        Send to all recipients, in further transactions where one takes too few.
+
+        A recipient that was accepted is in no further transaction.
+        """
+        receipt = await self._with_retries(envelope)
+        outcome = _success(receipt)
+        while rest := self._worth_another(receipt):
+            try:
+                receipt = await self._with_retries(replace(envelope, recipients=rest))
+            except errors.RecipientsRefused as error:
+                return _with_refused(outcome, error.recipients)
+            except errors.SMTPError as error:
+                text = str(error).encode()
+                code = getattr(error, "smtp_code", 0)
+                return _with_refused(outcome, dict.fromkeys(rest, (code, text)))
+            refused = {a: no for a, no in outcome.refused.items() if a not in rest}
+            outcome = replace(
+                outcome,
+                accepted=outcome.accepted + receipt.accepted,
+                refused=refused | _texts(receipt.refused),
+                reply=f"{outcome.reply}; {_success(receipt).reply}",
+            )
+        return outcome
+
+    def _worth_another(self, receipt: Receipt) -> tuple[str, ...]:
+        return tuple(
+            address
+            for address, reply in receipt.refused.items()
+            if reply.code == TOO_MANY_RECIPIENTS
+            or (self.route.retries and 400 <= reply.code < 500)
+        )
+
+    async def _with_retries(self, envelope: Envelope) -> Receipt:
+        deadline = time.monotonic() + self.route.retry_deadline
+        for retry in count():
+            try:
+                return await self._replacing_the_dead(envelope)
+            except errors.SMTPError as error:
+                pause = FIRST_PAUSE * 2**retry * random.uniform(0.5, 1)  # noqa: S311
+                is_too_late = time.monotonic() + pause > deadline
+                if not error.temporary or retry >= self.route.retries or is_too_late:
+                    raise
+            # Others may use the session meanwhile.
+            self.release()
+            await asyncio.sleep(pause)
+        raise AssertionError("unreachable")
+
+    async def _replacing_the_dead(self, envelope: Envelope) -> Receipt:
+        """
+        Send, on a fresh session where a used one proves dead at MAIL.
 
         That is safe: nothing of the message was accepted yet.
         """
-        session = await self.pool.acquire()
-        was_idle = session.was_idle
+        session = await self._use_session()
+        was_used = session.is_used
         try:
-            return await self._send(session)
+            return await self._transact(session, envelope)
         except errors.SMTPError as error:
-            if not (was_idle and _had_died(error)):
+            if not (was_used and _had_died(error)):
                 raise
-        return await self._send(await self.pool.acquire(fresh=True))
+        self.release()
+        return await self._transact(await self._use_session(fresh=True), envelope)
 
-    async def _send(self, session: Session) -> Receipt:
-        self.count += 1
+    async def _transact(self, session: Session, envelope: Envelope) -> Receipt:
+        self.attempts += 1
         try:
-            return await session.send(self.envelope)
+            return await session.send(envelope)
         finally:
-            self.pool.release(session)
+            if not session.is_clean:
+                self.release()
+
+    async def _use_session(self, *, fresh: bool = False) -> Session:
+        """Return a session for a message, the one at hand where it may go on."""
+        await self._pool.turn()
+        session, self._session = self._session, None
+        if session is None:
+            self._session = await self._acquire(fresh=fresh)
+        else:
+            self._session = await self._pool.go_on(session)
+        return self._session
+
+    async def _acquire(self, *, fresh: bool) -> Session:
+        """Return a session with the first server that can be reached."""
+        tried: list[errors.SMTPError] = []
+        pools = [pool for pool in self.pools if not pool.is_down] or self.pools
+        for pool in pools:
+            self._pool = pool
+            try:
+                return await pool.acquire(fresh=fresh)
+            except errors.SMTPError as error:
+                if len(self.pools) == 1 or not _is_outage(error):
+                    raise
+                pool.mark_down()
+                tried.append(error)
+        raise _naming_all(tried)
+
+
+def _is_outage(error: errors.SMTPError) -> bool:
+    """Whether another server may do better."""
+    if isinstance(error, errors.PoolTimeout | errors.AuthenticationRefused):
+        return False
+    return error.temporary or isinstance(error, errors.ConnectError)
+
+
+def _naming_all(tried: list[errors.SMTPError]) -> errors.SMTPError:
+    error = tried[-1]
+    if len(tried) > 1:
+        error.message = "; ".join(str(one) for one in tried)
+    return error
 
 
 def _had_died(error: errors.SMTPError) -> bool:
@@ -200,6 +380,12 @@ def _failure(error: Exception) -> Delivery:
     ):
         state = "refused"
     return Delivery(state=state, refused=refused, error=error)
+
+
+def _with_refused(
+    outcome: Delivery, refused: Mapping[str, tuple[int, bytes]]
+) -> Delivery:
+    return replace(outcome, refused=outcome.refused | _texts(refused))
 
 
 def _texts(

@@ -48,6 +48,9 @@ class SMTPError(smtplib.SMTPException):
     :ivar maybe_delivered: true only where the message went out whole and the
         server's answer to it was lost. Sending it again may deliver it twice.
     :ivar hint: what to do about it; may be empty.
+    :ivar failures: where it ended ``send_messages()``, all messages that were not
+        sent, each with its error.
+    :ivar sent: how many messages that call had sent.
     """
 
     default_hint = ""
@@ -70,6 +73,8 @@ class SMTPError(smtplib.SMTPException):
         self.temporary = temporary and not maybe_delivered
         self.maybe_delivered = maybe_delivered
         self.hint = hint or self.default_hint
+        self.failures: list[tuple[Any, Exception]] = []
+        self.sent = 0
         if self.hint:
             self.add_note(self.hint)
 
@@ -79,7 +84,8 @@ class SMTPError(smtplib.SMTPException):
     def __reduce__(self) -> tuple[Any, ...]:
         # Task queues pickle exceptions; BaseException would call __init__
         # with ``args`` alone.
-        return _restore, (type(self), self.args, self.errno, self.strerror), vars(self)
+        state = {**vars(self), "failures": []}
+        return _restore, (type(self), self.args, self.errno, self.strerror), state
 
 
 def _restore(

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from asgiref.sync import SyncToAsync, async_to_sync, sync_to_async
 
-from .pool import Pool
+from .pool import Counts, Pool
 
 if TYPE_CHECKING:
-    from .options import Options
+    from .options import Options, Route
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,6 +34,10 @@ R = TypeVar("R")
 EXIT_TIMEOUT: Final = 1.5
 # Seconds for the thread to come up, before it is taken for one that never will.
 START_TIMEOUT: Final = 10.0
+
+# How many are kept before those that nobody uses are dropped: settings that change
+# with every message would fill the memory otherwise.
+MAX_POOLS: Final = 100
 
 _HINTS: Final = ("main_event_loop", "main_event_loop_pid", "task_context")
 
@@ -55,10 +59,12 @@ class SMTPLoop:
     A running loop, its thread, and the pools on it.
 
     :ivar pools: to be touched on the loop only.
+    :ivar counts: what happened with each server, by ``"host:port"``.
     """
 
     def __init__(self) -> None:
         self.pools: dict[Options, Pool] = {}
+        self.counts: dict[str, Counts] = {}
         self.loop = asyncio.SelectorEventLoop()
         self.thread = threading.Thread(
             target=self._run, name="django-async-smtp", daemon=True
@@ -71,13 +77,31 @@ class SMTPLoop:
                 "The SMTP thread does not run. Under uWSGI, set enable-threads."
             )
 
-    def pool(self, options: Options) -> Pool:
-        """Return the pool for these options; to be called on the loop."""
+    @contextmanager
+    def pools_for(self, route: Route) -> Iterator[list[Pool]]:
+        """Provide the pools of the route's servers; to be used on the loop."""
+        pools = [self._pool(options) for options in route.servers]
+        for pool in pools:
+            pool.users += 1
+        try:
+            yield pools
+        finally:
+            for pool in pools:
+                pool.users -= 1
+
+    def _pool(self, options: Options) -> Pool:
         pool = self.pools.get(options)
         if pool is None:
-            pool = Pool(options, lambda: self._forget(options))
-            self.pools[options] = pool
+            if len(self.pools) >= MAX_POOLS:
+                self._drop_unused_pools()
+            counts = self.counts.setdefault(options.server, Counts())
+            pool = self.pools[options] = Pool(options, counts)
         return pool
+
+    def _drop_unused_pools(self) -> None:
+        for options, pool in list(self.pools.items()):
+            if pool.is_unused:
+                del self.pools[options]
 
     def call(self, work: Work[T], *args: Any) -> T:
         """
@@ -98,7 +122,7 @@ class SMTPLoop:
                 _warn_of_blocking()
                 return self._call_from_helper_thread(handle, work, args)
             return self._call(handle, work, args)
-        except _CallerStopped as stopped:
+        except CallerStopped as stopped:
             raise stopped.reason from None
         except BaseException:
             handle.cancel()
@@ -126,7 +150,7 @@ class SMTPLoop:
         future = asyncio.run_coroutine_threadsafe(work(in_caller, *args), self.loop)
         try:
             return await asyncio.wrap_future(future)
-        except _CallerStopped as stopped:
+        except CallerStopped as stopped:
             raise stopped.reason from None
 
     def close(self, timeout: float) -> None:
@@ -166,13 +190,27 @@ class SMTPLoop:
         finally:
             executor.shutdown(wait=False)
 
+    def close_idle_soon(self, route: Route) -> None:
+        """Close what is idle with the route's servers, without waiting for it."""
+
+        def close() -> None:
+            with self.pools_for(route) as pools:
+                for pool in pools:
+                    pool.close_idle()
+
+        self.loop.call_soon_threadsafe(close)
+
+    async def close_idle(self, in_caller: InCaller) -> None:
+        """Close what is idle; to be called on the loop."""
+        pools = list(self.pools.values())
+        for pool in pools:
+            pool.close_idle()
+        await asyncio.gather(*(pool.closed() for pool in pools))
+
     async def _close_pools(self) -> None:
         for pool in list(self.pools.values()):
             pool.stop_keeping()
         await asyncio.gather(*(pool.closed() for pool in list(self.pools.values())))
-
-    def _forget(self, options: Options) -> None:
-        self.pools.pop(options, None)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -245,11 +283,11 @@ async def _capturing(function: Callable[..., T], *args: Any) -> Future[T]:
 def _released(outcome: Future[T]) -> T:
     error = outcome.exception()
     if error is not None and not isinstance(error, Exception):
-        raise _CallerStopped(error)
+        raise CallerStopped(error)
     return outcome.result()
 
 
-class _CallerStopped(Exception):
+class CallerStopped(Exception):
     """User code raised what ends a program, KeyboardInterrupt or SystemExit."""
 
     def __init__(self, reason: BaseException) -> None:
@@ -295,6 +333,37 @@ def smtp_loop() -> SMTPLoop:
         if _current is None or not _current.thread.is_alive():
             _current = SMTPLoop()
         return _current
+
+
+def pool_stats() -> dict[str, dict[str, Any]]:
+    """
+    Return this process's connections and counts, for each server (``"host:port"``).
+
+    ``in_use``, ``idle`` and ``waiting`` are of this moment; ``opened``, ``reused``,
+    ``messages``, ``errors`` and ``closed`` (by reason) since the process began.
+    """
+    if _current is None:
+        return {}
+    stats: dict[str, dict[str, Any]] = {
+        server: {
+            "in_use": 0,
+            "idle": 0,
+            "waiting": 0,
+            **vars(counts),
+            "closed": dict(counts.closed),
+        }
+        for server, counts in _current.counts.copy().items()
+    }
+    for options, pool in _current.pools.copy().items():
+        for name, value in pool.state().items():
+            stats[options.server][name] += value
+    return stats
+
+
+def close_connections() -> None:
+    """Close the idle connections of this process, with QUIT, and wait for it."""
+    if _current is not None:
+        _current.call(_current.close_idle)
 
 
 def _close_at_exit() -> None:

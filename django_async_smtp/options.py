@@ -7,7 +7,7 @@ import math
 import os
 import ssl
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from django.conf import settings
@@ -51,6 +51,13 @@ class Options:
     :ivar local_hostname: the name said in EHLO; None: this machine's own.
     :ivar source_address: the local ``(host, port)`` to connect from.
     :ivar ssl_context: used for TLS, and needed where TLS is on.
+    :ivar max_connections: how many this process holds at most.
+    :ivar max_messages: how many messages go over one connection.
+    :ivar max_age: seconds until a connection is replaced.
+    :ivar idle_timeout: seconds until an idle connection is closed; 0: at the end of
+        every call.
+    :ivar ping_after: seconds idle after which a NOOP comes before use.
+    :ivar rate_limit: messages a second; None for no limit.
     """
 
     host: str
@@ -63,6 +70,12 @@ class Options:
     local_hostname: str | None = None
     source_address: tuple[str, int] | None = None
     ssl_context: ssl.SSLContext | None = field(default=None, repr=False)
+    max_connections: int = 5
+    max_messages: int = 100
+    max_age: float = 300.0
+    idle_timeout: float = 20.0
+    ping_after: float = 5.0
+    rate_limit: float | None = None
 
     @property
     def server(self) -> str:
@@ -73,6 +86,21 @@ class Options:
     def uses_login(self) -> bool:
         """As in Django, a login needs both the user name and the password."""
         return bool(self.username and self.password)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """
+    The servers that a message may take, and how often it is tried.
+
+    :ivar servers: in the order of preference; at least one.
+    :ivar retries: how often a temporary failure is tried again.
+    :ivar retry_deadline: seconds after the first attempt that the last may begin.
+    """
+
+    servers: tuple[Options, ...]
+    retries: int = 0
+    retry_deadline: float = 30.0
 
 
 def uses_mailers() -> bool:
@@ -135,6 +163,62 @@ def checked(values: Mapping[str, Any], alias: str | None) -> dict[str, Any]:
     return found
 
 
+def route(
+    values: Mapping[str, Any],
+    alias: str | None,
+    *,
+    local_hostname: str,
+    context_for: Callable[[Mapping[str, Any]], ssl.SSLContext],
+) -> Route:
+    """
+    Return the route that the values describe, checked.
+
+    :param values: a value, or None for the default, of each key of ``TYPES``.
+    :param alias: the MAILERS alias that they come from, or None for ``EMAIL_*``.
+    :param local_hostname: the name for EHLO where the values have none.
+    :param context_for: returns the SSL context for the values of one server.
+    :raises ImproperlyConfigured: see ``checked``.
+    """
+    first = checked(values, alias)
+    servers = [first]
+    for fallback in first["fallbacks"] or ():
+        override = {"host": fallback} if isinstance(fallback, str) else dict(fallback)
+        for name in override:
+            if name not in TYPES or name in ROUTE:
+                raise _unusable(alias, "fallbacks", f"has an unknown key {name!r}.")
+        if "port" not in override and {"use_tls", "use_ssl"} & set(override):
+            override["port"] = default_port({**first, **override})
+        servers.append(checked({**first, **override}, alias))
+    return Route(
+        servers=tuple(
+            _one_server(server, local_hostname, context_for) for server in servers
+        ),
+        **{name: first[name] for name in ("retries", "retry_deadline") if first[name]},
+    )
+
+
+def default_port(values: Mapping[str, Any]) -> int:
+    """Return the registered port for the kind of security (RFC 8314)."""
+    return 465 if values["use_ssl"] else 587 if values["use_tls"] else 25
+
+
+def _one_server(
+    values: Mapping[str, Any],
+    local_hostname: str,
+    context_for: Callable[[Mapping[str, Any]], ssl.SSLContext],
+) -> Options:
+    uses_tls = values["use_tls"] or values["use_ssl"]
+    known = {
+        option.name: values[option.name]
+        for option in fields(Options)
+        if values.get(option.name) is not None
+    }
+    return Options(
+        **{"local_hostname": local_hostname, **known},
+        ssl_context=context_for(values) if uses_tls else None,
+    )
+
+
 def _error(in_mailers: str, in_settings: str, alias: str | None) -> Exception:
     if alias is None:
         return OptionError(in_settings)
@@ -144,11 +228,13 @@ def _error(in_mailers: str, in_settings: str, alias: str | None) -> Exception:
 
 def _check_type(name: str, value: object, alias: str | None) -> None:
     expected, fits = TYPES[name]
-    if value is None or fits(value):
-        return
+    if value is not None and not fits(value):
+        raise _unusable(alias, name, f"must be {expected}, not {_type_name(value)}.")
+
+
+def _unusable(alias: str | None, name: str, problem: str) -> Exception:
     setting = DJANGO_SETTINGS.get(name, f"ASYNC_SMTP[{name!r}]")
-    problem = f"must be {expected}, not {_type_name(value)}."
-    raise _error(f"The {name!r} option {problem}", f"{setting} {problem}", alias)
+    return _error(f"The {name!r} option {problem}", f"{setting} {problem}", alias)
 
 
 def _type_name(value: object) -> str:
@@ -179,6 +265,18 @@ def _is_seconds(value: Any) -> bool:
     return _is_number(value) and 0 < value < math.inf
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value) and value >= 1
+
+
+def _is_count_or_0(value: Any) -> bool:
+    return value == 0 or _is_count(value)
+
+
+def _is_seconds_or_0(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < math.inf
+
+
 def _is_port(value: Any) -> bool:
     return isinstance(value, int) and _is_number(value) and 0 < value < 65536
 
@@ -204,6 +302,12 @@ def _is_source_address(value: Any) -> bool:
     )
 
 
+def _are_fallbacks(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(fallback, str | Mapping) for fallback in value
+    )
+
+
 Check = tuple[str, Callable[[Any], bool]]
 
 # What Django has no setting for: the keys of ASYNC_SMTP.
@@ -211,7 +315,19 @@ EXTRA: Final[dict[str, Check]] = {
     "local_hostname": ("a host name in ASCII", _is_host_name),
     "source_address": ("a tuple (host, port)", _is_source_address),
     "ssl_cafile": ("a path", _is_path),
+    "max_connections": ("a number of connections, 1 or more", _is_count),
+    "max_messages": ("a number of messages, 1 or more", _is_count),
+    "max_age": ("a number of seconds above 0", _is_seconds),
+    "idle_timeout": ("a number of seconds, 0 or more", _is_seconds_or_0),
+    "ping_after": ("a number of seconds, 0 or more", _is_seconds_or_0),
+    "rate_limit": ("a number of messages a second above 0", _is_seconds),
+    "retries": ("a whole number, 0 or more", _is_count_or_0),
+    "retry_deadline": ("a number of seconds above 0", _is_seconds),
+    "fallbacks": ("a list of host names and dicts of options", _are_fallbacks),
 }
+
+# Options of a route, not of a server.
+ROUTE: Final = {"retries", "retry_deadline", "fallbacks"}
 
 TYPES: Final[dict[str, Check]] = {
     "host": ("a string", _is_text),

@@ -9,33 +9,52 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections import deque
-from collections.abc import Callable
+import random
+from collections import Counter, deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Literal
 
-from .errors import PoolTimeout
+from .errors import ConnectError, Disconnected, PoolTimeout, ResponseError, SMTPError
 from .session import Session
 
 if TYPE_CHECKING:
     from .options import Options
 
-# Connections of this process to one server; providers allow few.
-MAX_CONNECTIONS: Final = 5
-# Seconds that an idle connection stays open.
-IDLE_TIMEOUT: Final = 20.0
+# Seconds that a server is left alone after it could not be reached, and that the
+# number of connections which it allowed is remembered.
+DOWN_TIME: Final = 60.0
+LIMIT_MEMORY: Final = 60.0
+# A connection's lifetime is shortened by up to this part, so that they do not all
+# end at once.
+AGE_JITTER: Final = 0.1
+
+Reason = Literal["idle", "age", "messages", "ended by server", "unclean", "asked"]
+
+
+@dataclass
+class Counts:
+    """What happened with one server since the process began."""
+
+    opened: int = 0
+    reused: int = 0
+    messages: int = 0
+    errors: int = 0
+    closed: Counter[Reason] = field(default_factory=Counter)
 
 
 class Pool:
     """
-    Sessions for equal options, at most ``MAX_CONNECTIONS`` at a time.
+    Sessions for equal options, at most ``options.max_connections`` at a time.
 
-    :param on_empty: called when the last session is gone.
+    :ivar users: how many calls work with it at the moment.
     """
 
-    def __init__(self, options: Options, on_empty: Callable[[], None]) -> None:
+    def __init__(self, options: Options, counts: Counts) -> None:
         self.options = options
-        self._on_empty = on_empty
+        self.counts = counts
+        self.users = 0
+        self._loop = asyncio.get_running_loop()
         self._connecting = 0
         self._in_use: set[Session] = set()
         # Idle sessions and the timers that end them; the last one is used first.
@@ -43,18 +62,59 @@ class Pool:
         self._closing: set[asyncio.Task[None]] = set()
         self._waiters: deque[asyncio.Future[Session | None]] = deque()
         self._keeps_idle = True
+        self._allowed = options.max_connections
+        self._allowed_until = 0.0
+        self._down_until = 0.0
+        self._next_turn = 0.0
 
     def __repr__(self) -> str:
         return (
             f"<Pool for {self.options.server}: {len(self._in_use)} in use, "
             f"{len(self._idle)} idle, {self._connecting} connecting, "
-            f"{len(self._waiters)} waiting>"
+            f"{len(self._closing)} closing, {len(self._waiters)} waiting>"
         )
+
+    def state(self) -> dict[str, int]:
+        """Return how many connections are in use and idle, and how many wait."""
+        return {
+            "in_use": len(self._in_use) + self._connecting,
+            "idle": len(self._idle),
+            "waiting": len(self._waiters),
+        }
 
     @property
     def has_session(self) -> bool:
         """Whether the server was reached, and a connection to it is open."""
         return bool(self._in_use or self._idle)
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether nothing would be lost with it but what it remembers."""
+        return not (self.users or self._taken() or self._idle or self._waiters)
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the server could not be reached in the last minute."""
+        return self._loop.time() < self._down_until
+
+    def mark_down(self) -> None:
+        """Have the server left alone for a minute, where there is another."""
+        self._down_until = self._loop.time() + DOWN_TIME
+
+    async def turn(self) -> None:
+        """
+        Wait until the rate limit allows one more message.
+
+        :raises PoolTimeout: that would take longer than the options' timeout.
+        """
+        if self.options.rate_limit is None:
+            return
+        now = self._loop.time()
+        turn = max(now, self._next_turn)
+        if turn - now > self.options.timeout:
+            raise self._timeout(f"rate_limit lets {self.options.rate_limit:g} a second")
+        self._next_turn = turn + 1 / self.options.rate_limit
+        await asyncio.sleep(turn - now)
 
     async def acquire(self, *, fresh: bool = False) -> Session:
         """
@@ -64,28 +124,56 @@ class Pool:
         :raises PoolTimeout: none came free within the options' timeout.
         :raises SMTPError: connecting failed.
         """
+        deadline = self._loop.time() + self.options.timeout
         if fresh:
-            self._close(*self._idle)
-        session = self._take()
-        if session is None and self._has_room():
-            return await self._connect()
-        return session or await self._wait()
+            self._close_idle("ended by server")
+        is_waiting = False
+        while True:
+            session = self._take()
+            if session is None and self._has_room():
+                session = await self._connect()
+            if session is None:
+                session = await self._wait(deadline, in_front=is_waiting)
+                is_waiting = True
+            if session is not None and await self._is_alive(session):
+                return session
 
-    def release(self, session: Session) -> None:
-        """Give a session back. It is kept only where it is clean."""
+    async def go_on(self, session: Session) -> Session:
+        """
+        Return a session for the caller's next message: the same one, if it may.
+
+        It may not where it has done its part, or where others wait for it.
+        """
+        if self._waiters or self._why_not_keep(session) is not None:
+            self.release(session)
+            return await self.acquire()
+        return session if await self._is_alive(session) else await self.acquire()
+
+    def release(self, session: Session, *, keep: float | None = None) -> None:
+        """
+        Give a session back. It is kept only where it may be used again.
+
+        :param keep: seconds to keep it idle, instead of the options' idle_timeout.
+        """
         self._in_use.discard(session)
-        if session.is_clean:
-            self._make_idle(session)
+        seconds = self.options.idle_timeout if keep is None else keep
+        reason = self._why_not_keep(session)
+        if reason is None and seconds <= 0 and not self._waiters:
+            reason = "idle"
+        if reason is None:
+            self._make_idle(session, seconds)
         else:
-            session.abort()
+            self._end(session, reason)
         self._serve_waiters()
-        if not self._keeps_idle:
-            self._close(*self._idle)
 
     def stop_keeping(self) -> None:
         """Close the idle sessions, and from now on every one that is released."""
         self._keeps_idle = False
-        self._close(*self._idle)
+        self.close_idle()
+
+    def close_idle(self) -> None:
+        """Close the sessions that nobody uses."""
+        self._close_idle("asked")
 
     async def closed(self) -> None:
         """Wait for the sessions that are being closed."""
@@ -93,68 +181,119 @@ class Pool:
             await asyncio.wait(self._closing)
 
     def _take(self) -> Session | None:
+        """Take an idle session into use."""
         while self._idle:
             session, timer = self._idle.popitem()
             timer.cancel()
             session.on_end = _ignore
-            if session.is_clean:
+            reason = self._why_not_keep(session)
+            if reason is None:
                 self._in_use.add(session)
+                self.counts.reused += 1
                 return session
-            session.abort()
+            self._end(session, reason)
+        return None
+
+    async def _is_alive(self, session: Session) -> bool:
+        """Ask a session that was idle for long, and end it if it does not answer."""
+        if session.idle_seconds < self.options.ping_after:
+            return True
+        try:
+            is_alive = await session.ping()
+        except BaseException:
+            self.release(session)
+            raise
+        if not is_alive:
+            self._in_use.discard(session)
+            self._end(session, "ended by server")
+        return is_alive
+
+    def _why_not_keep(self, session: Session) -> Reason | None:
+        if not session.is_clean:
+            return "ended by server" if session.was_ended else "unclean"
+        if not self._keeps_idle:
+            return "asked"
+        if session.sent >= self.options.max_messages:
+            return "messages"
+        if self._loop.time() >= session.end_of_life:
+            return "age"
         return None
 
     def _has_room(self) -> bool:
-        return len(self._in_use) + self._connecting < MAX_CONNECTIONS
+        allowed = self.options.max_connections
+        if self._loop.time() < self._allowed_until:
+            allowed = min(allowed, self._allowed)
+        taken = len(self._in_use) + self._connecting + len(self._closing)
+        return taken + len(self._idle) < allowed
 
-    async def _connect(self) -> Session:
+    async def _connect(self) -> Session | None:
+        """Open a session; None where the server allows no more than there are."""
         self._connecting += 1
         # An empty context: the connection outlives the request that opened it.
-        opening = asyncio.get_running_loop().create_task(
+        opening = self._loop.create_task(
             Session.open(self.options), context=contextvars.Context()
         )
         try:
             session = await opening
-        except BaseException:
+        except BaseException as error:
             opening.cancel()
             opening.add_done_callback(_abort_unclaimed)
             self._connecting -= 1
+            if isinstance(error, SMTPError) and self._is_at_limit(error):
+                self._allowed = max(1, len(self._in_use) + len(self._idle))
+                self._allowed_until = self._loop.time() + LIMIT_MEMORY
+                return None
+            self.counts.errors += 1
             self._serve_waiters()
-            self._check_empty()
             raise
         self._connecting -= 1
+        lifetime = self.options.max_age * (1 - random.random() * AGE_JITTER)  # noqa: S311
+        session.end_of_life = self._loop.time() + lifetime
         self._in_use.add(session)
+        self._allowed = max(self._allowed, len(self._in_use))
+        self.counts.opened += 1
         return session
 
-    async def _wait(self) -> Session:
-        waiter: asyncio.Future[Session | None]
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
+    def _is_at_limit(self, error: SMTPError) -> bool:
+        """Whether the server refuses this connection because of the others."""
+        if not error.temporary or error.stage not in {"connect", "greeting", "ehlo"}:
+            return isinstance(error, ResponseError) and (
+                error.smtp_code in {432, 454} and self.has_session
+            )
+        if isinstance(error, ResponseError):
+            return bool(self.has_session or self._connecting)
+        return isinstance(error, ConnectError | Disconnected) and self.has_session
+
+    async def _wait(self, deadline: float, *, in_front: bool) -> Session | None:
+        """Return a session that came free, or None where there may be room now."""
+        waiter: asyncio.Future[Session | None] = self._loop.create_future()
+        if in_front:
+            self._waiters.appendleft(waiter)
+        else:
+            self._waiters.append(waiter)
         try:
-            async with asyncio.timeout(self.options.timeout):
+            async with asyncio.timeout_at(deadline):
                 session = await waiter
         except BaseException as error:
             self._give_up(waiter)
             if isinstance(error, TimeoutError):
-                raise self._timeout_error() from None
+                raise self._timeout(f"all {self._taken()} are in use") from None
             raise
-        if session is not None:
-            return session
-        # The room to connect was handed over.
-        self._connecting -= 1
-        return await self._connect()
+        if session is None:
+            self._connecting -= 1
+        return session
 
     def _give_up(self, waiter: asyncio.Future[Session | None]) -> None:
         if waiter.done() and not waiter.cancelled():
             # It was served in the same moment.
             if session := waiter.result():
                 self.release(session)
-            else:
-                self._connecting -= 1
-                self._serve_waiters()
+                return
+            self._connecting -= 1
+            self._serve_waiters()
         else:
             with suppress(ValueError):
                 self._waiters.remove(waiter)
-            self._check_empty()
 
     def _serve_waiters(self) -> None:
         while self._waiters:
@@ -165,38 +304,52 @@ class Pool:
             if session is None:
                 if not self._has_room():
                     return
+                # Room to connect; it counts as taken until the waiter runs.
                 self._connecting += 1
             self._waiters.popleft().set_result(session)
 
-    def _make_idle(self, session: Session) -> None:
-        session.was_idle = True
-        session.on_end = lambda: self._close(session)
-        self._idle[session] = asyncio.get_running_loop().call_later(
-            IDLE_TIMEOUT, self._close, session
+    def _make_idle(self, session: Session, seconds: float) -> None:
+        session.is_used = True
+        session.on_end = lambda: self._close(session, "ended by server")
+        self._idle[session] = self._loop.call_later(
+            seconds, self._close, session, "idle"
         )
 
-    def _close(self, *sessions: Session) -> None:
-        for session in sessions:
-            timer = self._idle.pop(session, None)
-            if timer is not None:
-                timer.cancel()
-                session.on_end = _ignore
-                closing = asyncio.get_running_loop().create_task(
-                    session.quit(), context=contextvars.Context()
-                )
-                self._closing.add(closing)
-                closing.add_done_callback(self._closing.discard)
-        self._check_empty()
+    def _close(self, session: Session, reason: Reason) -> None:
+        """End an idle session."""
+        timer = self._idle.pop(session, None)
+        if timer is not None:
+            timer.cancel()
+            self._end(session, reason)
+            self._serve_waiters()
 
-    def _check_empty(self) -> None:
-        if not (self._idle or self._in_use or self._connecting or self._waiters):
-            self._on_empty()
+    def _close_idle(self, reason: Reason) -> None:
+        for session in list(self._idle):
+            self._idle.pop(session).cancel()
+            self._end(session, reason)
 
-    def _timeout_error(self) -> PoolTimeout:
+    def _end(self, session: Session, reason: Reason) -> None:
+        """Close a session that is in nobody's hands any more."""
+        session.on_end = _ignore
+        self.counts.closed[reason] += 1
+        if not session.is_clean:
+            session.abort()
+            return
+        closing = self._loop.create_task(session.quit(), context=contextvars.Context())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closed_one)
+
+    def _closed_one(self, closing: asyncio.Task[None]) -> None:
+        self._closing.discard(closing)
+        self._serve_waiters()
+
+    def _taken(self) -> int:
+        return len(self._in_use) + self._connecting + len(self._closing)
+
+    def _timeout(self, why: str) -> PoolTimeout:
         server, timeout = self.options.server, self.options.timeout
         return PoolTimeout(
-            f"no connection to {server} came free within {timeout:g} s: "
-            f"all {MAX_CONNECTIONS} are in use",
+            f"no connection to {server} came free within {timeout:g} s: {why}",
             stage="connect",
             server=server,
             temporary=True,

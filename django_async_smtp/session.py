@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -54,7 +55,9 @@ class Session:
 
     :ivar on_end: called once, when the server ends the connection.
     :ivar sent: how many messages it took.
-    :ivar was_idle: whether it has been idle in a pool, and may have died there.
+    :ivar is_used: whether it was handed over or sent before, and may have died since.
+    :ivar was_ended: whether the server ended it.
+    :ivar end_of_life: the loop's time at which to replace it.
     """
 
     def __init__(self, options: Options, client: aiosmtplib.SMTP) -> None:
@@ -62,7 +65,10 @@ class Session:
         self.extensions = frozenset(client.esmtp_extensions)
         self.on_end: Callable[[], None] = lambda: None
         self.sent = 0
-        self.was_idle = False
+        self.is_used = False
+        self.was_ended = False
+        self.end_of_life = math.inf
+        self._last_used = asyncio.get_running_loop().time()
         self._dialogue = Dialogue(
             cast("asyncio.Transport", client.transport), self._ended
         )
@@ -75,6 +81,11 @@ class Session:
     def is_clean(self) -> bool:
         """Whether it can take a message: open, and no reply is due or came unasked."""
         return self._dialogue.is_clean
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds since the server last answered."""
+        return asyncio.get_running_loop().time() - self._last_used
 
     @classmethod
     async def open(cls, options: Options) -> Session:
@@ -110,7 +121,27 @@ class Session:
             self.abort()
             raise
         self.sent += 1
+        self.is_used = True
+        self._last_used = asyncio.get_running_loop().time()
         return receipt
+
+    async def ping(self) -> bool:
+        """Ask with NOOP whether the server is still there; end the session if not."""
+        try:
+            with _translated("mail", self.options.server):
+                reply = await self._command(b"NOOP")
+                # A farewell (421) may be in the same packet.
+                await asyncio.sleep(0)
+        except errors.SMTPError:
+            reply = None
+        except BaseException:
+            self.abort()
+            raise
+        if reply is None or reply.code != 250 or not self.is_clean:
+            self.abort()
+            return False
+        self._last_used = asyncio.get_running_loop().time()
+        return True
 
     async def quit(self) -> None:
         """Say QUIT and close, within two seconds. Never fails."""
@@ -121,6 +152,7 @@ class Session:
         self._dialogue.abort()
 
     def _ended(self) -> None:
+        self.was_ended = True
         self.on_end()
 
     async def _transact(self, mail: bytes, envelope: Envelope) -> Receipt:

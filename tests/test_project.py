@@ -21,6 +21,7 @@ ORDER = [
     "__init__",
     "mail",
     "backend",
+    "mailing",
     "delivery",
     "loop",
     "pool",
@@ -29,6 +30,7 @@ ORDER = [
     "envelope",
     "tls",
     "options",
+    "signals",
     "logs",
     "errors",
 ]

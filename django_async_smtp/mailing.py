@@ -1,0 +1,223 @@
+"""
+The messages of one call, in the caller's thread: taken, built, signalled, logged.
+
+User code runs here and nowhere else: iterators, lazy strings, signal receivers, log
+handlers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final
+
+from .delivery import Delivery, Item
+from .envelope import Envelope, prepare
+from .errors import SMTPError
+from .logs import log, masked
+from .signals import post_send, pre_send
+
+if TYPE_CHECKING:
+    from django.core.mail import EmailMessage
+
+# Up to so many messages go over one connection, in order.
+ONE_CONNECTION: Final = 12
+
+
+class Mailing:
+    """
+    What one ``send_messages()`` was given, and what became of it.
+
+    Holds no message after its turn but those that failed.
+
+    :param messages: any iterable; it is read only a dozen ahead.
+    :ivar sent: how many messages went out.
+    """
+
+    def __init__(self, backend: Any, messages: Iterable[EmailMessage] | None) -> None:
+        self.sent = 0
+        self._backend = backend
+        self._failures: list[tuple[int, EmailMessage, Exception]] = []
+        self._taken = 0
+        self._iterator = iter(messages or ())
+        # Reading on from a sequence has no effect on anybody else.
+        self._is_sequence = isinstance(messages, Sequence)
+        self._ahead: deque[EmailMessage] = deque()
+        self._broken: Exception | None = None
+        try:
+            self._ahead.extend(islice(self._iterator, 1))
+            for message in islice(self._iterator, ONE_CONNECTION if self._ahead else 0):
+                self._ahead.append(message)
+        except Exception as error:
+            if not self._ahead:
+                raise
+            self._broken = error
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was no message at all."""
+        return not (self._ahead or self._taken)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing remains to be raised or logged."""
+        return not self._failures
+
+    def take(self, done: tuple[Item, Delivery] | None) -> Item | None:
+        """Finish one message, and return the next, built; None at the end."""
+        if done is not None:
+            self.finish(done)
+        message = self._next()
+        if message is None:
+            return None
+        index, self._taken = self._taken, self._taken + 1
+        has_backlog = index == 0 and len(self._ahead) >= ONE_CONNECTION
+        return Item(index, message, self._build(message), has_backlog)
+
+    def finish(self, done: tuple[Item, Delivery]) -> None:
+        """Tell everybody what became of a message."""
+        item, delivery = done
+        self.sent += delivery.state == "sent"
+        if delivery.error is not None:
+            self._failures.append((item.index, item.message, delivery.error))
+            if isinstance(delivery.error, SMTPError) and self._backend.fail_silently:
+                log_failure(delivery.error, delivery)
+        elif delivery.refused:
+            log_refused(delivery)
+        self._tell(item.message, delivery)
+
+    def settle(self, ended_by: SMTPError | None = None) -> int:
+        """
+        Return how many were sent, or raise the first error, with all of them.
+
+        :param ended_by: what ended the call before its last message.
+        """
+        if ended_by is not None:
+            rest = self._report_rest(ended_by)
+            if rest and self._is_swallowed(ended_by):
+                message = "%d more messages not sent (fail_silently): %s"
+                log(logging.ERROR, message, rest, ended_by, **_fields(ended_by))
+        self._failures.sort(key=lambda failure: failure[0])
+        for _, _, error in self._failures:
+            if not self._is_swallowed(error):
+                self._add_failures(error)
+                raise error
+        return self.sent
+
+    def not_opened(self, error: SMTPError) -> SMTPError:
+        """Report all messages as not sent, and return the error, with them."""
+        self._report_rest(error)
+        self._add_failures(error)
+        return error
+
+    def log_failures(self) -> None:
+        """Log what cannot be raised, because something else is."""
+        for _, _, error in self._failures:
+            if isinstance(error, SMTPError) and not self._is_swallowed(error):
+                log_failure(error)
+
+    def _next(self) -> EmailMessage | None:
+        if self._ahead:
+            return self._ahead.popleft()
+        if self._broken is not None:
+            raise self._broken
+        return next(self._iterator, None)
+
+    def _build(self, message: EmailMessage) -> Envelope | Exception | None:
+        self._signal(pre_send, message, None)
+        try:
+            return prepare(message) if message.recipients() else None
+        except Exception as error:
+            return error
+
+    def _report_rest(self, error: SMTPError) -> int:
+        rest = [*self._ahead, *(self._iterator if self._is_sequence else ())]
+        self._ahead.clear()
+        delivery = Delivery(state="not_sent", server=error.server, error=error)
+        for index, message in enumerate(rest, self._taken):
+            self._failures.append((index, message, error))
+            self._tell(message, delivery)
+        return len(rest)
+
+    def _tell(self, message: EmailMessage, delivery: Delivery) -> None:
+        # Not an attribute of Django's class, but any message will carry it.
+        message.delivery = delivery  # type: ignore[attr-defined]
+        self._signal(post_send, message, delivery)
+
+    def _signal(
+        self, signal: Any, message: EmailMessage, delivery: Delivery | None
+    ) -> None:
+        sender = type(self._backend)
+        if signal.has_listeners(sender):
+            alias = self._backend.alias
+            signal.send_robust(sender, message=message, delivery=delivery, alias=alias)
+
+    def _is_swallowed(self, error: Exception) -> bool:
+        return isinstance(error, SMTPError) and bool(self._backend.fail_silently)
+
+    def _add_failures(self, error: Any) -> None:
+        error.failures = [(message, why) for _, message, why in self._failures]
+        error.sent = self.sent
+        if len(self._failures) + self.sent > 1:
+            error.add_note(
+                f"{len(self._failures)} messages were not sent (see .failures), "
+                f"{self.sent} were."
+            )
+
+
+def log_failure(error: SMTPError, delivery: Delivery | None = None) -> None:
+    """Log what ``fail_silently`` hides from the caller."""
+    log(
+        logging.ERROR,
+        "Mail not sent (fail_silently): %s%s",
+        error,
+        f" [{error.hint}]" if error.hint else "",
+        **_fields(error),
+        delivery=_masked(delivery),
+    )
+
+
+def log_refused(delivery: Delivery) -> None:
+    """Log the recipients that a message did not reach, while it reached others."""
+    refused = (f"{a}: {code} {text}" for a, (code, text) in delivery.refused.items())
+    log(
+        logging.WARNING,
+        "%s refused %d of %d recipients of a message that the others got: %s",
+        delivery.server,
+        len(delivery.refused),
+        len(delivery.refused) + len(delivery.accepted),
+        "; ".join(refused),
+        stage="rcpt",
+        server=delivery.server,
+        delivery=_masked(delivery),
+    )
+
+
+def _fields(error: SMTPError) -> dict[str, Any]:
+    return {
+        "stage": error.stage,
+        "server": error.server,
+        "smtp_code": getattr(error, "smtp_code", None),
+        "temporary": error.temporary,
+        "maybe_delivered": error.maybe_delivered,
+        "hint": error.hint,
+    }
+
+
+def _masked(delivery: Delivery | None) -> Delivery | None:
+    """Return a delivery without addresses, and without the error that holds them."""
+    if delivery is None:
+        return None
+    return replace(
+        delivery,
+        accepted=tuple(map(masked, delivery.accepted)),
+        refused={
+            masked(address): (code, masked(text))
+            for address, (code, text) in delivery.refused.items()
+        },
+        reply=masked(delivery.reply),
+        error=None,
+    )
