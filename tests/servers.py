@@ -423,3 +423,12 @@ class _Connection:
         if not data:
             raise _Closed
         self.buffer += data
+
+
+def is_listening(port: int) -> bool:
+    """Whether something on 127.0.0.1 takes connections on a port."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
