@@ -81,9 +81,9 @@ def arrived(postfix: Postfix) -> Callable[[str], list[Any]]:
 
 
 def test_every_kind_of_message_arrives_whole(
-    backend: Backend, arrived: Callable[..., list[Any]], request: Any
+    backend: Backend, arrived: Callable[..., list[Any]]
 ) -> None:
-    subject = f"Grüße {request.node.name}"
+    subject = f"Grüße {backend.port}"
     message = email(subject, cc=["Zoë <zoe@example.com>"], bcc=["bcc@example.com"])
     message.body = "Käse\n.\n..dots\n" + "long " * 400 + "\n"
     message.attach_alternative("<p>Käse</p>", "text/html")
