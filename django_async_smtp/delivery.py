@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import TYPE_CHECKING, Final, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeGuard, cast
 
 from . import errors
 from .loop import CallerStopped
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 State = Literal["sent", "refused", "failed", "unknown", "not_sent"]
 
-# Where it fails, the next message would fail as well.
+# No message was on its way yet.
 _BEFORE_MAIL: Final = {"connect", "greeting", "ehlo", "tls", "auth"}
 TOO_MANY_RECIPIENTS: Final = 452
 # Seconds before the first retry; doubled for each further one.
@@ -147,12 +147,14 @@ class _Work:
                     self._get_help()
                 delivery = await courier.deliver(item.envelope)
                 done = item, delivery
-                self._end_if_shared(delivery.error)
+                error = delivery.error
+                if courier.is_cut_off(error):
+                    self._end(error)
             if done is not None:
                 await self.in_caller(self.source.finish, done)
-        except Exception as error:
-            self._broken_source = self._broken_source or error
-            if isinstance(error, CallerStopped):
+        except Exception as broken:
+            self._broken_source = self._broken_source or broken
+            if isinstance(broken, CallerStopped):
                 await self.cancel_helpers()
         finally:
             courier.release()
@@ -184,10 +186,9 @@ class _Work:
     def _is_over(self) -> bool:
         return self.ended_by is not None or self._broken_source is not None
 
-    def _end_if_shared(self, error: Exception | None) -> None:
-        if isinstance(error, errors.SMTPError) and error.stage in _BEFORE_MAIL:
-            self.ended_by = self.ended_by or error
-            self._dismiss_idle_helpers()
+    def _end(self, error: errors.SMTPError) -> None:
+        self.ended_by = self.ended_by or error
+        self._dismiss_idle_helpers()
 
 
 class Courier:
@@ -213,6 +214,13 @@ class Courier:
         if self._session is not None:
             self._pool.release(self._session, keep=keep)
             self._session = None
+
+    def is_cut_off(self, error: Exception | None) -> TypeGuard[errors.SMTPError]:
+        """Whether the next message would meet the same error, on any connection."""
+        if not isinstance(error, errors.SMTPError) or error.stage not in _BEFORE_MAIL:
+            return False
+        # A greeting may be an accident, as long as other connections work.
+        return error.stage not in {"greeting", "ehlo"} or not self._pool.has_session
 
     async def deliver(self, envelope: Envelope | Exception | None) -> Delivery:
         """Send an envelope, as often as the route allows; never raises SMTPError."""
@@ -250,9 +258,11 @@ class Courier:
             except errors.RecipientsRefused as error:
                 return _with_refused(outcome, error.recipients)
             except errors.SMTPError as error:
-                text = str(error).encode()
-                code = getattr(error, "smtp_code", 0)
-                return _with_refused(outcome, dict.fromkeys(rest, (code, text)))
+                text = str(error)
+                if error.maybe_delivered:
+                    text += " (it may have been delivered)"
+                no = getattr(error, "smtp_code", 0), text.encode()
+                return _with_refused(outcome, dict.fromkeys(rest, no))
             refused = {a: no for a, no in outcome.refused.items() if a not in rest}
             outcome = replace(
                 outcome,
