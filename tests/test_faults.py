@@ -117,7 +117,7 @@ def test_what_fails_silently_leaves_a_log_record(
 def test_a_long_run_with_faults_grows_nothing_and_loses_nothing(
     make_backend: MakeBackend,
 ) -> None:
-    batch = 500
+    batch = 100
     with FaultyServer(random_faults(11, 0.05)) as server:
         backend = make_backend(server, timeout=5, retries=1)
         before: tuple[int, int, int, int] | None = None
