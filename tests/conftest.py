@@ -13,9 +13,9 @@ from django.core import mail
 
 from django_async_smtp import Backend
 from django_async_smtp.loop import smtp_loop
-from django_async_smtp.options import DJANGO_SETTINGS
+from django_async_smtp.options import DJANGO_SETTINGS, Options
 
-from .servers import MailServer
+from .servers import MailServer, ScriptedServer
 
 OURS = "django_async_smtp.Backend"
 DJANGOS = "django.core.mail.backends.smtp.EmailBackend"
@@ -43,6 +43,22 @@ def server_tls(ca: trustme.CA) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     ca.issue_cert("127.0.0.1", "localhost").configure_cert(context)
     return context
+
+
+@pytest.fixture(scope="session")
+def client_tls(ca: trustme.CA) -> ssl.SSLContext:
+    """A client's context, which trusts that authority."""
+    context = ssl.create_default_context()
+    ca.configure_trust(context)
+    return context
+
+
+def options_for(server: ScriptedServer | MailServer, **more: Any) -> Options:
+    """Return the options of a connection to a server."""
+    address = {"host": server.host, "port": server.port}
+    return Options(
+        **{**address, "timeout": 10.0, "local_hostname": "client.example", **more}
+    )
 
 
 @pytest.fixture
@@ -98,16 +114,21 @@ def make_django_backend(settings: Any) -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture(autouse=True)
-def _no_connections_left() -> Iterator[None]:
-    """End every connection after a test, so that none serves the next one."""
-    yield
+def end_connections() -> None:
+    """Say QUIT on every idle connection of our backends."""
     smtp = smtp_loop()
 
-    async def abort_all(in_caller: object) -> None:
+    async def end_all(in_caller: object) -> None:
         for pool in list(smtp.pools.values()):
             pool.stop_keeping()
             await pool.closed()
         smtp.pools.clear()
 
-    smtp.call(abort_all)
+    smtp.call(end_all)
+
+
+@pytest.fixture(autouse=True)
+def _no_connections_left() -> Iterator[None]:
+    """End every connection after a test, so that none serves the next one."""
+    yield
+    end_connections()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import socket
 import ssl
+import stat
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +29,15 @@ def wait_until(is_true: Callable[[], object], seconds: float = 10.0) -> None:
     while not is_true():
         assert time.monotonic() < end, f"not true within {seconds} s"
         time.sleep(0.005)
+
+
+def open_sockets() -> int:
+    """Return how many sockets this process has open."""
+    count = 0
+    for name in os.listdir("/dev/fd"):  # noqa: PTH208
+        with suppress(OSError):
+            count += stat.S_ISSOCK(os.fstat(int(name)).st_mode)
+    return count
 
 
 @dataclass
@@ -46,6 +59,14 @@ class _Recorder:
     def __init__(self, received: list[Received]) -> None:
         self.received = received
         self.peers: list[Any] = []
+        self.transports: set[Any] = set()
+
+    async def hang_up(self) -> None:
+        """End the connections now; with TLS, a server that stops leaves them open."""
+        for transport in self.transports:
+            transport.abort()
+        for _ in range(2):  # The socket is closed one round of the loop later.
+            await asyncio.sleep(0)
 
     async def handle_RCPT(  # noqa: N802
         self,
@@ -67,6 +88,7 @@ class _Recorder:
     ) -> str:
         if session.peer not in self.peers:
             self.peers.append(session.peer)
+        self.transports.add(server.transport)
         content = envelope.original_content
         assert isinstance(content, bytes)
         self.received.append(
@@ -75,7 +97,7 @@ class _Recorder:
                 list(envelope.rcpt_tos),
                 content,
                 connection=self.peers.index(session.peer),
-                tls=session.ssl is not None,
+                tls=_is_tls(server),
                 login=bool(session.authenticated),
                 options=" ".join(envelope.mail_options),
             )
@@ -83,6 +105,11 @@ class _Recorder:
         if b"Subject: reject me" in content:
             return "554 5.6.0 rejected"
         return f"250 2.0.0 Ok: queued as {len(self.received):04X}"
+
+
+def _is_tls(server: SMTP) -> bool:
+    assert server.transport is not None
+    return server.transport.get_extra_info("ssl_object") is not None
 
 
 def _authenticate(
@@ -144,6 +171,8 @@ class MailServer:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        ending = self._recorder.hang_up()
+        asyncio.run_coroutine_threadsafe(ending, self._controller.loop).result()
         self._controller.stop()
 
 
@@ -167,9 +196,20 @@ class Action:
 CLOSE = Action("CLOSE")  # FIN
 RESET = Action("RESET")  # RST
 SILENCE = Action("SILENCE")  # nothing more, until the client or the test ends
+DEAF = Action("DEAF")  # as SILENCE, and it reads nothing
+READ = Action("READ")  # the client's next line
 DEFAULT = Action("DEFAULT")  # what a working server answers
 
 Step = bytes | Action
+
+
+class Turns(tuple[Step, ...]):
+    """A step for each time that a connection gets there; DEFAULT after the last."""
+
+    def __new__(cls, *steps: Step) -> Self:
+        return super().__new__(cls, steps)
+
+
 Script = dict[str, Step | Iterable[Step]]
 
 
@@ -183,14 +223,16 @@ class ScriptedServer:
     A server that does what a script says, and works where it says nothing.
 
     A script maps a stage to bytes to send, an Action, or several of them in order.
-    Stages: greeting, ehlo, helo, starttls, tls (in place of the handshake), auth,
+    Stages: greeting, ehlo, helo, starttls, tls (in place of the server's hello), auth,
     mail, rcpt, data, body (after the whole message), rset, noop, quit, and a
-    recipient's address (before ``rcpt``). ``idle`` runs after the reply to a body.
+    recipient's address (before ``rcpt``). ``idle`` runs after the reply to a body,
+    ``auth plain`` and the like in place of that method's exchange.
 
     :ivar scripts: the script of the first connection, of the second, and so on; the
         last one serves all further ones.
     :ivar received: every message that arrived whole, whatever was answered.
     :ivar lines: the commands of all connections, in order.
+    :ivar peers: the address of each connection's client.
     """
 
     scripts: tuple[Script, ...] = ({},)
@@ -200,6 +242,7 @@ class ScriptedServer:
     slow_body: float = 0.0
     received: list[Received] = field(default_factory=list)
     lines: list[bytes] = field(default_factory=list)
+    peers: list[tuple[str, int]] = field(default_factory=list)
     connections: int = 0
     host: str = "127.0.0.1"
 
@@ -246,13 +289,14 @@ class ScriptedServer:
     def _accept(self) -> None:
         while True:
             try:
-                sock, _ = self._listener.accept()
+                sock, peer = self._listener.accept()
             except OSError:
                 return
             with self._lock:
                 number = self.connections
                 self.connections += 1
                 self._open.append(sock)
+                self.peers.append(peer)
             threading.Thread(
                 target=self._serve, args=(sock, number), daemon=True
             ).start()
@@ -267,7 +311,7 @@ class ScriptedServer:
         finally:
             with suppress(OSError):
                 connection.sock.close()
-            self._open.remove(sock)
+            self._open.remove(connection.raw)
             with suppress(OSError):
                 sock.close()
 
@@ -280,9 +324,14 @@ class _Connection:
         self.raw = sock
         self.sock = sock
         self.script = {
-            stage: (steps,) if isinstance(steps, bytes | Action) else tuple(steps)
+            stage: (steps,)
+            if isinstance(steps, bytes | Action)
+            else steps
+            if isinstance(steps, Turns)
+            else tuple(steps)
             for stage, steps in script.items()
         }
+        self.turns: Counter[str] = Counter()
         self.number = number
         self.is_tls = False
         self.login = False
@@ -304,8 +353,8 @@ class _Connection:
                 case "HELO":
                     self.do("helo", b"250 test\r\n")
                 case "STARTTLS":
-                    self.do("starttls", b"220 go\r\n")
-                    self.start_tls()
+                    if self.do("starttls", b"220 go\r\n").startswith(b"220"):
+                        self.start_tls()
                 case "AUTH":
                     self.authenticate(argument)
                 case "MAIL":
@@ -346,6 +395,10 @@ class _Connection:
             if default:
                 self.sock.sendall(default)
             return default
+        if isinstance(steps, Turns):
+            turn = self.turns[stage]
+            self.turns[stage] += 1
+            steps = steps[turn : turn + 1] or (DEFAULT,)
         sent = b""
         for step in steps:
             if step is DEFAULT:
@@ -353,7 +406,12 @@ class _Connection:
             if isinstance(step, bytes):
                 self.sock.sendall(step)
                 sent = step
+            elif step is READ:
+                self.server.lines.append(self.read_line())
             elif step is SILENCE:
+                while True:
+                    self.fill()
+            elif step is DEAF:
                 self.server._stop.wait(30)
                 raise _Closed
             elif step is RESET:
@@ -380,16 +438,23 @@ class _Connection:
 
     def start_tls(self) -> None:
         if "tls" in self.script:
+            self.sock.recv(65536)
             self.do("tls", b"")
-            self.server._stop.wait(30)
-            raise _Closed
+            while True:
+                self.fill()
         assert self.server.tls is not None
         self.sock = self.server.tls.wrap_socket(self.sock, server_side=True)
+        self.server._open[self.server._open.index(self.raw)] = self.sock
+        self.raw = self.sock
         self.buffer = b""
         self.is_tls = True
 
     def authenticate(self, argument: str) -> None:
         method, _, initial = argument.partition(" ")
+        stage = f"auth {method.lower()}"
+        if stage in self.script:
+            self.login = self.do(stage, b"").startswith(b"235")
+            return
         if method.upper() == "CRAM-MD5" and "auth" not in self.script:
             self.sock.sendall(b"334 PDEyMzRAdGVzdD4=\r\n")
             self.server.lines.append(self.read_line())
