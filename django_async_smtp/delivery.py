@@ -89,12 +89,13 @@ async def deliver(
     its ``Delivery`` as the attribute ``delivery``.
     """
     batch = Batch()
-    while (item := await in_caller(_take, messages)) is not None:
-        message, envelope = item
-        delivery = await _deliver(pool, envelope)
-        batch.note(message, delivery)
-        if getattr(delivery.error, "stage", None) in _BEFORE_MAIL:
-            break
+    with pool.held():
+        while (item := await in_caller(_take, messages)) is not None:
+            message, envelope = item
+            delivery = await _deliver(pool, envelope)
+            batch.note(message, delivery)
+            if getattr(delivery.error, "stage", None) in _BEFORE_MAIL:
+                break
     return batch
 
 
@@ -138,7 +139,7 @@ class Attempt:
     """
     Sending one envelope.
 
-    :ivar count: how many sessions it was tried on.
+    :ivar count: how often it was tried, each time on another session.
     """
 
     def __init__(self, pool: Pool, envelope: Envelope) -> None:
@@ -152,17 +153,20 @@ class Attempt:
 
         That is safe: nothing of the message was accepted yet.
         """
-        session = await self.pool.acquire()
+        session = await self._acquire()
         was_idle = session.was_idle
         try:
             return await self._send(session)
         except errors.SMTPError as error:
             if not (was_idle and _had_died(error)):
                 raise
-        return await self._send(await self.pool.acquire(fresh=True))
+        return await self._send(await self._acquire(fresh=True))
+
+    async def _acquire(self, *, fresh: bool = False) -> Session:
+        self.count += 1
+        return await self.pool.acquire(fresh=fresh)
 
     async def _send(self, session: Session) -> Receipt:
-        self.count += 1
         try:
             return await session.send(self.envelope)
         finally:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from .errors import PoolTimeout
@@ -30,7 +30,7 @@ class Pool:
     """
     Sessions for equal options, at most ``MAX_CONNECTIONS`` at a time.
 
-    :param on_empty: called when the last session is gone.
+    :param on_empty: called when the last session is gone, unless the pool is ``held``.
     """
 
     def __init__(self, options: Options, on_empty: Callable[[], None]) -> None:
@@ -43,6 +43,7 @@ class Pool:
         self._closing: set[asyncio.Task[None]] = set()
         self._waiters: deque[asyncio.Future[Session | None]] = deque()
         self._keeps_idle = True
+        self._holders = 0
 
     def __repr__(self) -> str:
         return (
@@ -55,6 +56,16 @@ class Pool:
     def has_session(self) -> bool:
         """Whether the server was reached, and a connection to it is open."""
         return bool(self._in_use or self._idle)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep it from ``on_empty``: more sessions will be asked for."""
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            self._check_empty()
 
     async def acquire(self, *, fresh: bool = False) -> Session:
         """
@@ -81,11 +92,13 @@ class Pool:
         self._serve_waiters()
         if not self._keeps_idle:
             self._close(*self._idle)
+        self._check_empty()
 
     def stop_keeping(self) -> None:
         """Close the idle sessions, and from now on every one that is released."""
         self._keeps_idle = False
         self._close(*self._idle)
+        self._check_empty()
 
     async def closed(self) -> None:
         """Wait for the sessions that are being closed."""
@@ -151,6 +164,7 @@ class Pool:
             else:
                 self._connecting -= 1
                 self._serve_waiters()
+                self._check_empty()
         else:
             with suppress(ValueError):
                 self._waiters.remove(waiter)
@@ -170,10 +184,14 @@ class Pool:
 
     def _make_idle(self, session: Session) -> None:
         session.was_idle = True
-        session.on_end = lambda: self._close(session)
+        session.on_end = lambda: self._end_idle(session)
         self._idle[session] = asyncio.get_running_loop().call_later(
-            IDLE_TIMEOUT, self._close, session
+            IDLE_TIMEOUT, self._end_idle, session, context=contextvars.Context()
         )
+
+    def _end_idle(self, session: Session) -> None:
+        self._close(session)
+        self._check_empty()
 
     def _close(self, *sessions: Session) -> None:
         for session in sessions:
@@ -186,10 +204,15 @@ class Pool:
                 )
                 self._closing.add(closing)
                 closing.add_done_callback(self._closing.discard)
-        self._check_empty()
 
     def _check_empty(self) -> None:
-        if not (self._idle or self._in_use or self._connecting or self._waiters):
+        if not (
+            self._idle
+            or self._in_use
+            or self._connecting
+            or self._waiters
+            or self._holders
+        ):
             self._on_empty()
 
     def _timeout_error(self) -> PoolTimeout:
