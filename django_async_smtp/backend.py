@@ -204,7 +204,10 @@ class Backend(BaseEmailBackend):
         finally:
             if opened:
                 self.close()
-        return mailing.settle(ended_by)
+        failure = mailing.settle(ended_by)
+        if failure is not None:
+            raise failure
+        return mailing.sent
 
     async def asend_messages(self, email_messages: Iterable[EmailMessage]) -> int:
         """
@@ -232,10 +235,12 @@ class Backend(BaseEmailBackend):
         finally:
             if opened:
                 await self.aclose()
-        if ended_by is None and mailing.is_settled:
-            return mailing.sent
-        # What it logs may be handled by code that must not block this loop.
-        return await sync_to_async(mailing.settle)(ended_by)
+        if ended_by is not None or not mailing.is_settled:
+            # What it logs may be handled by code that must not block this loop.
+            failure = await sync_to_async(mailing.settle)(ended_by)
+            if failure is not None:
+                raise failure
+        return mailing.sent
 
     def _with_defaults(self, given: dict[str, Any]) -> dict[str, Any]:
         if self.alias is None and not opts.uses_mailers():

@@ -45,7 +45,7 @@ class Delivery:
     :ivar reply: the server's answer to the message, such as ``"2.0.0 Ok: queued as
         4bQx"``.
     :ivar server: ``"host:port"`` of the server that answered, or was tried last.
-    :ivar attempts: how many transactions were begun.
+    :ivar attempts: how often it was tried, each time on another session.
     :ivar seconds: from the first attempt to the outcome.
     :ivar error: what was, or would be, raised.
     """
@@ -195,7 +195,7 @@ class Courier:
     """
     Sends one message after another, on one session for as long as it lasts.
 
-    :ivar attempts: how many transactions were begun for the message at hand.
+    :ivar attempts: how often the message at hand was tried.
     """
 
     def __init__(self, route: Route, pools: list[Pool]) -> None:
@@ -301,6 +301,7 @@ class Courier:
 
         That is safe: nothing of the message was accepted yet.
         """
+        self.attempts += 1
         session = await self._use_session()
         was_used = session.is_used
         try:
@@ -309,10 +310,10 @@ class Courier:
             if not (was_used and _had_died(error)):
                 raise
         self.release()
+        self.attempts += 1
         return await self._transact(await self._use_session(fresh=True), envelope)
 
     async def _transact(self, session: Session, envelope: Envelope) -> Receipt:
-        self.attempts += 1
         try:
             return await session.send(envelope)
         finally:

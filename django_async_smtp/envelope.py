@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.policy
 import inspect
+import re
 from dataclasses import dataclass
 from email.headerregistry import Address, AddressHeader
 from email.message import Message
@@ -15,6 +16,9 @@ from django.utils.encoding import force_str, punycode
 # The stdlib's words, its stray parenthesis included.
 _NOT_ASCII = "local-part contains non-ASCII characters)"
 _NO_DOMAIN = "addr-spec local part with no domain"
+
+# But for one that folds.
+_LINE_BREAK = re.compile(r"\r(?!\n)|\n(?![ \t])")
 
 # Django 6.0 and later.
 TAKES_POLICY: Final = "policy" in inspect.signature(EmailMessage.message).parameters
@@ -51,10 +55,13 @@ def prepare(message: EmailMessage) -> Envelope:
     :raises ValueError: an address is not exactly one valid address, or a header
         holds a line break.
     """
-    sender, *recipients = [
-        mailbox(address) for address in (message.from_email, *message.recipients())
+    addresses = [force_str(a) for a in (message.from_email, *message.recipients())]
+    sender, *recipients = mailboxes = [mailbox(address) for address in addresses]
+    not_ascii = [
+        address
+        for address, spec in zip(addresses, mailboxes, strict=True)
+        if not spec.isascii()
     ]
-    not_ascii = [address for address in (sender, *recipients) if not address.isascii()]
     return Envelope(
         sender,
         tuple(recipients),
@@ -72,7 +79,14 @@ def mailbox(address: object) -> str:
     :raises ValueError: it is no address, more than one, or holds a line break.
     """
     text = force_str(address)
-    parsed = AddressHeader.value_parser(text)
+    if "\r" in text or "\n" in text:
+        # The parser takes one behind a space for folding.
+        raise ValueError(f"Invalid address {text!r}: line break")
+    try:
+        parsed = AddressHeader.value_parser(text)
+    except Exception as error:
+        # The parser trips over some garbage, such as "a@" before Python 3.12.2.
+        raise ValueError(f"Invalid address {text!r}") from error
     defects = {str(defect) for defect in parsed.all_defects}
     defects -= {_NO_DOMAIN, _NOT_ASCII}
     if defects:
@@ -85,6 +99,8 @@ def mailbox(address: object) -> str:
         spec = str(Address(username=found.local_part, domain=punycode(found.domain)))
     else:
         spec = str(found.addr_spec)
+    if not all(spec.rsplit("@", 1)):
+        raise ValueError(f"Invalid address {text!r}: a part of it is empty")
     if not spec.isprintable():
         raise ValueError(f"Invalid address {text!r}: control character")
     return spec
@@ -100,14 +116,25 @@ def content(message: EmailMessage, *, utf8: bool) -> bytes:
     if TAKES_POLICY:
         policy = email.policy.SMTPUTF8 if utf8 else email.policy.SMTP
         built = message.message(policy=policy)
-        data: bytes = built.as_bytes()
     else:
         built = message.message()
         if utf8:
             _keep_utf8_addresses(built, message)
-        del built["Bcc"]  # Later Djangos refuse it as a header; 5.2 would send it.
-        data = built.as_bytes(linesep="\r\n")
+    _refuse_line_breaks(built, message)
+    del built["Bcc"]  # Django 6.1 refuses it as a header; earlier ones would send it.
+    data: bytes = built.as_bytes() if TAKES_POLICY else built.as_bytes(linesep="\r\n")
     return with_crlf(data)
+
+
+def _refuse_line_breaks(built: Message, message: EmailMessage) -> None:
+    """Do so where Django leaves it to a Python that overlooks some of them."""
+    extra = message.extra_headers
+    given = (message.subject, *message.reply_to, *extra, *extra.values())
+    if any("\r" in text or "\n" in text for text in map(str, given)):
+        raise ValueError("A header holds a line break.")
+    # In encoded words, which are decoded by now.
+    if any(_LINE_BREAK.search(str(value)) for value in built.values()):
+        raise ValueError("A header holds an encoded line break.")
 
 
 def with_crlf(data: bytes) -> bytes:
@@ -124,9 +151,15 @@ def with_crlf(data: bytes) -> bytes:
 
 def _keep_utf8_addresses(built: Message, message: EmailMessage) -> None:
     """Undo the encoded words that Django 5.2 makes of non-ASCII local parts."""
-    values = {"From": message.from_email, "To": message.to, "Cc": message.cc}
+    values = {
+        "From": message.from_email,
+        "To": message.to,
+        "Cc": message.cc,
+        "Reply-To": message.reply_to,
+    }
     for name, value in (values | message.extra_headers).items():
-        text = value if isinstance(value, str) else ", ".join(map(str, value))
+        # One address a line: the generator does not fold what it takes for bytes.
+        text = ",\n ".join(map(str, value)) if isinstance(value, list) else str(value)
         if name in values and name in built and not text.isascii():
             del built[name]
             # The generator writes surrogates as the bytes that they stand for.

@@ -108,6 +108,15 @@ class ConnectionRefused(ConnectError, ConnectionRefusedError):
     default_hint = "Check the host and the port: no server listens there."
 
 
+class ConnectionForbidden(ConnectError, PermissionError):
+    """This machine does not let the process connect."""
+
+    default_hint = (
+        "A firewall on this machine, or SELinux, forbids it. For SELinux: "
+        "setsebool -P httpd_can_network_connect on."
+    )
+
+
 class UnknownHost(ConnectError, socket.gaierror):
     """The host name does not resolve to an address."""
 
@@ -137,6 +146,10 @@ class Disconnected(SMTPError, smtplib.SMTPServerDisconnected):
     default_hint = "The server's log tells why it closed the connection."
 
 
+class ConnectionReset(Disconnected, ConnectionResetError):
+    """The server reset the connection before its greeting."""
+
+
 class ReplyTimeout(Disconnected, TimeoutError):
     """The server was silent, or took no more data, for the whole timeout."""
 
@@ -148,6 +161,10 @@ class ReplyTimeout(Disconnected, TimeoutError):
 
 class TLSError(SMTPError, ssl.SSLError):
     """The TLS handshake failed."""
+
+    # Code that handles ssl's errors expects them; empty where OpenSSL said nothing.
+    library = ""
+    reason = ""
 
     default_hint = (
         "Check the port and the kind of TLS: use_ssl for port 465, use_tls "
@@ -303,32 +320,51 @@ REPLY_AT_STAGE: Final[dict[Stage, type[ResponseError]]] = {
     "body": DataRefused,
 }
 
-# 421 ends the session; where smtplib goes on to a second command all the same,
-# its users catch a disconnect.
+# 421 ends the session, and so does an empty line in answer to EHLO for smtplib; where
+# it goes on to a second command all the same, its users catch a disconnect.
 CLOSED_BY_REPLY: Final[dict[type[SMTPError], type[SMTPError]]] = {
     HeloRefused: HeloClosed,
     AuthenticationRefused: AuthenticationClosed,
 }
 
+_Rows = list[tuple[type[OSError], type[SMTPError]]]
+
 # The operating system's error -> ours; the first match counts.
-FROM_OS: Final[list[tuple[type[OSError], type[SMTPError]]]] = [
-    (ssl.SSLCertVerificationError, CertificateError),
-    (ssl.SSLEOFError, TLSDisconnected),
-    (ssl.SSLZeroReturnError, TLSDisconnected),
-    (ssl.SSLError, TLSError),
-    (socket.gaierror, UnknownHost),
-    (ConnectionRefusedError, ConnectionRefused),
-]
+FROM_OS: Final[dict[Stage, _Rows]] = {
+    "connect": [
+        (socket.gaierror, UnknownHost),
+        (TimeoutError, ConnectTimeout),
+        (ConnectionRefusedError, ConnectionRefused),
+        (ConnectionResetError, ConnectionReset),
+        (PermissionError, ConnectionForbidden),
+    ],
+    "greeting": [(ConnectionResetError, ConnectionReset)],
+    # In a TLS handshake asyncio reports an EOF as a reset connection, and a timeout
+    # as an aborted one.
+    "tls": [
+        (ssl.SSLCertVerificationError, CertificateError),
+        (ssl.SSLEOFError, TLSDisconnected),
+        (ssl.SSLZeroReturnError, TLSDisconnected),
+        (ssl.SSLError, TLSError),
+        (TimeoutError, TLSTimeout),
+        (ConnectionAbortedError, TLSTimeout),
+        (ConnectionError, TLSDisconnected),
+    ],
+}
 
-# In a TLS handshake asyncio reports an EOF as a reset connection, and a timeout as
-# an aborted one.
-FROM_OS_IN_TLS: Final[list[tuple[type[OSError], type[SMTPError]]]] = [
-    (TimeoutError, TLSTimeout),
-    (ConnectionAbortedError, TLSTimeout),
-    (ConnectionError, TLSDisconnected),
-]
+# After the handshake TLS fails as a connection does; TLS 1.3 refuses a client then.
+FROM_OS_AT_ANY_STAGE: Final[_Rows] = [(ssl.SSLError, TLSDisconnected)]
 
+# In the handshake, where no error of the system is behind it.
+IN_TLS: Final[dict[type[SMTPError], type[SMTPError]]] = {
+    Disconnected: TLSDisconnected,
+    ConnectTimeout: TLSTimeout,
+    ReplyTimeout: TLSTimeout,
+}
+
+# aiosmtplib's words, where it has the code -1.
 MALFORMED = "Malformed SMTP response line: "
+TOO_LONG = "Response too long"
 
 
 def translate(
@@ -380,7 +416,8 @@ def recipients_refused(
 ) -> RecipientsRefused:
     """Say that none of the recipients was accepted, in the words of the first no."""
     code, text = next(iter(recipients.values()))
-    which = "the recipient" if len(recipients) == 1 else f"all {len(recipients)}"
+    count = len(recipients)
+    which = "the recipient" if count == 1 else f"all {count} recipients"
     return RecipientsRefused(
         f"RCPT TO: {which} refused by {server}: {_reply(code, text)}",
         recipients,
@@ -398,20 +435,18 @@ def _from_reply(
     cls = FROM_AIOSMTPLIB[type(error)]
     if cls is ResponseError:
         cls = REPLY_AT_STAGE.get(stage, ResponseError)
-    if error.code == 421:
-        cls = CLOSED_BY_REPLY.get(cls, cls)
-    text = error.message
-    if error.code == -1 and text.startswith(MALFORMED):
+    code, text = error.code, error.message
+    if code == -1 and text.startswith(MALFORMED):
         # As smtplib has it: the line without the place of the reply code.
         text = text.removeprefix(MALFORMED)[4:].strip(" \t\r\n")
+    elif code == -1 and text == TOO_LONG:
+        code, text = 500, "Line too long."
+    if code == 421 or (stage == "ehlo" and code == -1 and not text):
+        cls = CLOSED_BY_REPLY.get(cls, cls)
     more = (error.sender,) if isinstance(error, aiosmtplib.SMTPSenderRefused) else ()
     raw = _as_bytes(text)
-    message = (
-        f"{ACTION[stage]} refused by {details['server']}: {_reply(error.code, raw)}"
-    )
-    return cls(
-        message, error.code, raw, *more, **details, maybe_delivered=maybe_delivered
-    )
+    message = f"{ACTION[stage]} refused by {details['server']}: {_reply(code, raw)}"
+    return cls(message, code, raw, *more, **details, maybe_delivered=maybe_delivered)
 
 
 def _reply(code: int, text: bytes) -> str:
@@ -437,24 +472,21 @@ def _origin(
 def _class_of(
     inner: aiosmtplib.SMTPException | None, os_error: OSError | None, stage: Stage
 ) -> type[SMTPError]:
-    if stage == "tls" and isinstance(inner, aiosmtplib.SMTPTimeoutError):
-        return TLSTimeout
-    table = [*FROM_OS, *FROM_OS_IN_TLS] if stage == "tls" else FROM_OS
-    for kind, cls in table:
+    for kind, cls in [*FROM_OS.get(stage, []), *FROM_OS_AT_ANY_STAGE]:
         if isinstance(os_error, kind):
             return cls
-    if stage == "connect" and isinstance(os_error, TimeoutError):
-        return ConnectTimeout
-    if inner is not None:
-        return FROM_AIOSMTPLIB[type(inner)]
-    return ConnectError if stage == "connect" else Disconnected
+    if inner is None:
+        return ConnectError if stage == "connect" else Disconnected
+    cls = FROM_AIOSMTPLIB[type(inner)]
+    return IN_TLS.get(cls, cls) if stage == "tls" else cls
 
 
 def _what_happened(cls: type[SMTPError], reason: Exception, server: str) -> str:
     if issubclass(cls, TimeoutError):
         return f"no answer from {server} within the timeout"
     if issubclass(cls, Disconnected):
-        return f"{server} closed the connection"
+        why = getattr(reason, "reason", None)  # OpenSSL's word.
+        return f"{server} closed the connection{f': {why}' if why else ''}"
     if isinstance(reason, ssl.SSLCertVerificationError):
         return f"the certificate of {server} is not valid: {reason.verify_message}"
     if isinstance(reason, OSError) and reason.strerror:
@@ -465,6 +497,8 @@ def _what_happened(cls: type[SMTPError], reason: Exception, server: str) -> str:
 def _is_temporary(cls: type[SMTPError], reason: Exception) -> bool:
     if issubclass(cls, UnknownHost):
         return isinstance(reason, OSError) and reason.errno == socket.EAI_AGAIN
+    if issubclass(cls, ConnectionForbidden):
+        return False
     if issubclass(cls, TLSError):
         return issubclass(cls, TLSDisconnected | TLSTimeout)
     return issubclass(cls, ConnectError | Disconnected)

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("django_async_smtp")
 
+_WORD = r"[^\s<>()\[\],;:\"'@]"
+# Linear, for it meets what servers say: it never goes back, nor starts in a word.
 _ADDRESS = re.compile(
-    r"([^\s<>()\[\],;:\"'@])[^\s<>()\[\],;:\"'@]*@([^\s<>()\[\],;:\"'@]+)"
+    rf'(?:(?<!{_WORD})({_WORD}){_WORD}*+|"([^"\\])(?:[^"\\]|\\.){{0,64}}+")'
+    rf"@(\[[^\s\]]{{0,64}}+\]|{_WORD}++)"
 )
 _HANDLING = {logging.Handler.handle.__code__, logging.Logger.callHandlers.__code__}
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{4,}={0,2}")
@@ -23,7 +26,7 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/]{4,}={0,2}")
 
 def masked(text: str) -> str:
     """Return the text with its addresses masked: ``j***@example.com``."""
-    return _ADDRESS.sub(r"\1***@\2", text)
+    return _ADDRESS.sub(r"\1\2***@\3", text)
 
 
 def redacted(text: str, secrets: tuple[str, ...]) -> str:
@@ -58,7 +61,8 @@ def log(level: int, message: str, *args: object, **extra: Any) -> None:
     """
     if not logger.isEnabledFor(level):
         return
-    text = masked(message % args)
+    # On one line: a server's words must not look like another record.
+    text = "".join(c if c.isprintable() else " " for c in masked(message % args))
     if _within_a_log_handler():
         if level >= logging.WARNING and logging.lastResort is not None:
             record = logger.makeRecord(logger.name, level, "", 0, text, (), None)

@@ -25,6 +25,8 @@ from asgiref.sync import SyncToAsync, async_to_sync, sync_to_async
 from .pool import Counts, Pool
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from .options import Options, Route
 
 T = TypeVar("T")
@@ -35,6 +37,8 @@ EXIT_TIMEOUT: Final = 1.5
 # Seconds for the thread to come up, before it is taken for one that never will.
 START_TIMEOUT: Final = 10.0
 
+# For looking up host names; threads are started as they are needed.
+DNS_THREADS: Final = 2
 # How many are kept before those that nobody uses are dropped: settings that change
 # with every message would fill the memory otherwise.
 MAX_POOLS: Final = 100
@@ -66,6 +70,9 @@ class SMTPLoop:
         self.pools: dict[Options, Pool] = {}
         self.counts: dict[str, Counts] = {}
         self.loop = asyncio.SelectorEventLoop()
+        self.loop.set_default_executor(
+            ThreadPoolExecutor(DNS_THREADS, thread_name_prefix="django-async-smtp-dns")
+        )
         self.thread = threading.Thread(
             target=self._run, name="django-async-smtp", daemon=True
         )
@@ -73,6 +80,7 @@ class SMTPLoop:
         self.loop.call_soon(started.set)
         self.thread.start()
         if not started.wait(START_TIMEOUT):
+            self.loop.close()
             raise RuntimeError(
                 "The SMTP thread does not run. Under uWSGI, set enable-threads."
             )
@@ -116,7 +124,7 @@ class SMTPLoop:
                 "Mail cannot be sent synchronously from the SMTP thread: "
                 "await asend_messages()."
             )
-        handle = _Handle(self.loop)
+        handle = _Handle()
         try:
             if _is_in_running_loop():
                 _warn_of_blocking()
@@ -147,7 +155,9 @@ class SMTPLoop:
             outcome: Future[R] = await asyncio.wrap_future(future)
             return _released(outcome)
 
-        future = asyncio.run_coroutine_threadsafe(work(in_caller, *args), self.loop)
+        future = contextvars.Context().run(
+            asyncio.run_coroutine_threadsafe, work(in_caller, *args), self.loop
+        )
         try:
             return await asyncio.wrap_future(future)
         except CallerStopped as stopped:
@@ -161,24 +171,36 @@ class SMTPLoop:
 
     def _call(self, handle: _Handle, work: Work[T], args: tuple[Any, ...]) -> T:
         with _directed_to(self.loop) as hints:
-
-            async def in_caller(function: Callable[..., R], *args: Any) -> R:
-                outcome: Future[R] = await _capturing(
-                    _with_hints, hints, function, *args
-                )
-                return _released(outcome)
-
-            result: T = async_to_sync(self._run_here)(handle, in_caller, work, args)
+            result: T = async_to_sync(self._run_here)(handle, hints, work, args)
             return result
 
     async def _run_here(
-        self, handle: _Handle, in_caller: InCaller, work: Work[T], args: tuple[Any, ...]
+        self,
+        handle: _Handle,
+        hints: dict[str, Any],
+        work: Work[T],
+        args: tuple[Any, ...],
     ) -> T:
+        handle.start()
         if asyncio.get_running_loop() is not self.loop:
             # asgiref did not follow the hint.
             return await self.acall(work, *args)
-        handle.start()
-        return await work(in_caller, *args)
+        context = contextvars.copy_context()
+
+        async def in_caller(function: Callable[..., R], *args: Any) -> R:
+            capturing = _capturing(_with_hints, hints, function, *args)
+            outcome: Future[R]
+            outcome = await self.loop.create_task(capturing, context=context)
+            return _released(outcome)
+
+        try:
+            return await self.loop.create_task(
+                work(in_caller, *args), context=contextvars.Context()
+            )
+        finally:
+            # What user code has set, asgiref takes back to the caller.
+            for variable, value in context.items():
+                variable.set(value)
 
     def _call_from_helper_thread(
         self, handle: _Handle, work: Work[T], args: tuple[Any, ...]
@@ -220,23 +242,22 @@ class SMTPLoop:
 class _Handle:
     """Lets a caller cancel its work, started or not."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
         self._task: asyncio.Task[Any] | None = None
         self._is_cancelled = False
 
     def start(self) -> None:
+        """Take the current task for the work."""
+        self._task = asyncio.current_task()
         if self._is_cancelled:
             raise asyncio.CancelledError
-        self._task = asyncio.current_task()
 
     def cancel(self) -> None:
         self._is_cancelled = True
-        self._loop.call_soon_threadsafe(self._cancel_task)
-
-    def _cancel_task(self) -> None:
         if self._task is not None:
-            self._task.cancel()
+            # RuntimeError: the loop has ended, and with it the task.
+            with suppress(RuntimeError):
+                self._task.get_loop().call_soon_threadsafe(self._task.cancel)
 
 
 @contextmanager
@@ -282,13 +303,17 @@ async def _capturing(function: Callable[..., T], *args: Any) -> Future[T]:
 
 def _released(outcome: Future[T]) -> T:
     error = outcome.exception()
-    if error is not None and not isinstance(error, Exception):
+    if error is not None and _is_unfit_for_tasks(error):
         raise CallerStopped(error)
     return outcome.result()
 
 
+def _is_unfit_for_tasks(error: BaseException) -> bool:
+    return isinstance(error, StopIteration) or not isinstance(error, Exception)
+
+
 class CallerStopped(Exception):
-    """User code raised what ends a program, KeyboardInterrupt or SystemExit."""
+    """User code raised what no task can: KeyboardInterrupt, SystemExit and such."""
 
     def __init__(self, reason: BaseException) -> None:
         super().__init__(reason)
@@ -305,8 +330,8 @@ def _is_in_running_loop() -> bool:
 
 def _warn_of_blocking() -> None:
     """Warn at the line of the project that sends synchronously in a coroutine."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and _is_of_library(frame.f_globals["__name__"]):
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _is_of_library(frame):
         level, frame = level + 1, frame.f_back
     warnings.warn(
         "Sending mail synchronously blocks this event loop until the server has "
@@ -316,8 +341,9 @@ def _warn_of_blocking() -> None:
     )
 
 
-def _is_of_library(module: str) -> bool:
-    return module.partition(".")[0] in {"django_async_smtp", "django", "asgiref"}
+def _is_of_library(frame: FrameType) -> bool:
+    package = str(frame.f_globals.get("__name__")).partition(".")[0]
+    return package in {"django_async_smtp", "django", "asgiref"}
 
 
 _current: SMTPLoop | None = None
@@ -331,7 +357,8 @@ def smtp_loop() -> SMTPLoop:
     global _current
     with _starting:
         if _current is None or not _current.thread.is_alive():
-            _current = SMTPLoop()
+            # In an empty context: the loop would keep the first caller's for good.
+            _current = contextvars.Context().run(SMTPLoop)
         return _current
 
 

@@ -12,8 +12,6 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.mail import EmailMessage, EmailMultiAlternatives
 from django.utils.functional import Promise
 
-from .options import uses_mailers
-
 
 async def asend_mail(
     subject: str,
@@ -120,14 +118,12 @@ async def _mail_staff(
 
 def _addresses(setting: str) -> list[str]:
     """Return the addresses of ADMINS or MANAGERS: strings, or (name, address) pairs."""
-    entries = getattr(settings, setting)
+    entries = getattr(settings, setting) or []
     found = [
         entry[1] if isinstance(entry, list | tuple) and len(entry) == 2 else entry
-        for entry in entries
+        for entry in (entries if isinstance(entries, list | tuple) else [None])
     ]
-    if isinstance(entries, str) or not all(
-        isinstance(address, str | Promise) for address in found
-    ):
+    if not all(isinstance(address, str | Promise) for address in found):
         raise ImproperlyConfigured(
             f"The {setting} setting must be a list of email address strings."
         )
@@ -157,6 +153,8 @@ def _backend(
                 "'using' excludes 'connection', 'fail_silently', 'auth_user' and "
                 "'auth_password': set them in MAILERS."
             )
+        if not hasattr(mail, "mailers"):
+            raise TypeError("'using' needs Django 6.1 or later.")
         return mail.mailers[using]
     if connection is not None:
         if overrides:
@@ -165,7 +163,7 @@ def _backend(
                 "'auth_password': pass them to get_connection()."
             )
         return connection
-    if uses_mailers() and not overrides:
+    if hasattr(mail, "mailers") and not overrides:
         return mail.mailers.default
     return mail.get_connection(**overrides)
 

@@ -89,9 +89,9 @@ class Mailing:
             log_refused(delivery)
         self._tell(item.message, delivery)
 
-    def settle(self, ended_by: SMTPError | None = None) -> int:
+    def settle(self, ended_by: SMTPError | None = None) -> Exception | None:
         """
-        Return how many were sent, or raise the first error, with all of them.
+        Return the first error that must be raised, with all of them; log the others.
 
         :param ended_by: what ended the call before its last message.
         """
@@ -104,8 +104,8 @@ class Mailing:
         for _, _, error in self._failures:
             if not self._is_swallowed(error):
                 self._add_failures(error)
-                raise error
-        return self.sent
+                return error
+        return None
 
     def not_opened(self, error: SMTPError) -> SMTPError:
         """Report all messages as not sent, and return the error, with them."""

@@ -123,7 +123,10 @@ def from_settings() -> dict[str, Any]:
         if key not in EXTRA:
             raise OptionError(f"ASYNC_SMTP[{key!r}] is unknown.{_closest(key)}")
         _check_type(key, value, None)
-    django = {name: getattr(settings, key) for name, key in DJANGO_SETTINGS.items()}
+    # Django 6.1 warns about these settings where ``settings`` itself is asked. It has
+    # said so at startup, about those that the project sets.
+    read: Any = settings._wrapped
+    django = {name: getattr(read, key) for name, key in DJANGO_SETTINGS.items()}
     return django | dict.fromkeys(EXTRA) | dict(extra)
 
 
@@ -220,7 +223,7 @@ def _one_server(
 
 
 def _error(in_mailers: str, in_settings: str, alias: str | None) -> Exception:
-    if alias is None:
+    if alias is None and not uses_mailers():
         return OptionError(in_settings)
     error: Exception = mail.InvalidMailer(in_mailers, alias=alias)
     return error
@@ -245,7 +248,7 @@ def _type_name(value: object) -> str:
 
 
 def _closest(key: object) -> str:
-    near = difflib.get_close_matches(str(key), EXTRA, n=1)
+    near = difflib.get_close_matches(str(key).lower(), EXTRA, n=1)
     return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(EXTRA)}."
 
 

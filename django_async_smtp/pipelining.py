@@ -13,7 +13,7 @@ import asyncio
 import re
 from collections import deque
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 from aiosmtplib import SMTPReadTimeoutError, SMTPServerDisconnected
 
@@ -36,22 +36,27 @@ class Reply(NamedTuple):
     text: bytes
 
 
+# Stands for a line, or a reply, that is longer than allowed; smtplib's words.
+TOO_LONG: Final = Reply(500, b"Line too long.")
+
+
 class Dialogue(asyncio.Protocol):
     """
     A sequence of commands and replies, after the greeting.
 
     :param transport: an open connection without a reply due.
-    :param on_end: called once, when the server ended the connection, or spoke
-        unasked, as it does before it ends it.
+    :param on_end: called once, when the connection has ended, or when the server
+        spoke unasked, as it does before it ends it.
     """
 
     def __init__(
         self, transport: asyncio.Transport, on_end: Callable[[], None]
     ) -> None:
         self._transport = transport
-        self._on_end = on_end
+        self._on_end: Callable[[], None] | None = on_end
         self._buffer = bytearray()
         self._lines: list[bytes] = []
+        self._reply_length = 0
         self._replies: deque[Reply] = deque()
         self._due = 0
         self._in_step = True
@@ -73,7 +78,7 @@ class Dialogue(asyncio.Protocol):
             self._lost is None
             and self._in_step
             and self._due == 0
-            and not self._buffer
+            and not self._replies
             and not self._transport.is_closing()
         )
 
@@ -113,11 +118,12 @@ class Dialogue(asyncio.Protocol):
             self._write(view[start : start + CHUNK_SIZE])
             await self._drained(timeout)
             if self._replies:
-                self._in_step = False
-                return self._replies.popleft()
+                return self._early_reply()
         self._write(stuffed[last:] + b".\r\n")
-        self.is_message_written = True
         await self._drained(timeout)
+        if self._is_full:
+            return self._early_reply()
+        self.is_message_written = True
         return await self._next_reply(timeout)
 
     async def quit(self, timeout: float) -> None:
@@ -157,49 +163,75 @@ class Dialogue(asyncio.Protocol):
             self._reading = None
         return self._replies.popleft()
 
+    @property
+    def _is_full(self) -> bool:
+        return self._writing is not None and not self._writing.done()
+
     async def _drained(self, timeout: float) -> None:
-        """Wait until the transport takes more, as long as it makes progress."""
-        while self._writing is not None and not self._writing.done():
+        """
+        Wait until the transport takes more, or a reply is there.
+
+        :raises SMTPReadTimeoutError: the server took nothing for ``timeout`` seconds.
+        """
+        while self._is_full and not self._replies:
             left = self._transport.get_write_buffer_size()
-            await asyncio.wait({self._writing}, timeout=timeout)
-            if (
-                not self._writing.done()
-                and self._transport.get_write_buffer_size() >= left
-            ):
+            self._reading = asyncio.get_running_loop().create_future()
+            done, _ = await asyncio.wait(
+                {cast("asyncio.Future[None]", self._writing), self._reading},
+                timeout=timeout,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if not done and self._transport.get_write_buffer_size() >= left:
                 raise SMTPReadTimeoutError("Timed out sending the message")
+
+    def _early_reply(self) -> Reply:
+        """Return the answer to a message that the server does not have whole."""
+        self._in_step = False
+        code, text = self._replies.popleft()
+        # Nobody can have accepted what was not sent.
+        return Reply(code if code >= 300 else -1, text)
 
     # What the transport calls.
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
-        while (end := self._buffer.find(b"\n")) != -1:
+        while (end := self._buffer.find(b"\n", 0, MAX_LINE_LENGTH)) != -1:
             line = bytes(self._buffer[:end])
             del self._buffer[: end + 1]
             self._line_received(line)
-        if len(self._buffer) > MAX_LINE_LENGTH or (
-            sum(map(len, self._lines)) > MAX_REPLY_LENGTH
-        ):
+        if len(self._buffer) >= MAX_LINE_LENGTH:
             self._buffer.clear()
-            self._in_step = False
-            self._reply_received(Reply(500, b"Line too long."))
+            self._garbage_received(TOO_LONG)
+        if not self._due and (self._buffer or self._lines):
+            self._unasked()
         self._wake_reader()
 
     def _line_received(self, line: bytes) -> None:
         self._lines.append(line[4:].strip(b" \t\r"))
-        if not line[:3].isdigit():
-            self._in_step = False
-            self._reply_received(Reply(-1, self._lines[-1]))
+        self._reply_length += len(line)
+        if len(line) < 3 or not line[:3].isdigit():
+            self._garbage_received(Reply(-1, self._lines[-1]))
+        elif self._reply_length > MAX_REPLY_LENGTH:
+            self._garbage_received(TOO_LONG)
         elif line[3:4] != b"-":
             self._reply_received(Reply(int(line[:3]), b"\n".join(self._lines)))
 
+    def _garbage_received(self, reply: Reply) -> None:
+        self._in_step = False
+        self._reply_received(reply)
+
     def _reply_received(self, reply: Reply) -> None:
         self._lines = []
+        self._reply_length = 0
         if self._due:
             self._due -= 1
             self._replies.append(reply)
         else:
-            self._in_step = False
-            self._on_end()
+            self._unasked()
+
+    def _unasked(self) -> None:
+        self._in_step = False
+        self._tell_end()
 
     def eof_received(self) -> None:
         self._end(ConnectionResetError("The server closed the connection"))
@@ -221,7 +253,12 @@ class Dialogue(asyncio.Protocol):
             self._lost = reason
             self.resume_writing()
             self._wake_reader()
-            self._on_end()
+            self._tell_end()
+
+    def _tell_end(self) -> None:
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end()
 
     def _wake_reader(self) -> None:
         if self._reading is not None and not self._reading.done():

@@ -312,7 +312,7 @@ class Pool:
         session.is_used = True
         session.on_end = lambda: self._close(session, "ended by server")
         self._idle[session] = self._loop.call_later(
-            seconds, self._close, session, "idle"
+            seconds, self._close, session, "idle", context=contextvars.Context()
         )
 
     def _close(self, session: Session, reason: Reason) -> None:

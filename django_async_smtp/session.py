@@ -14,7 +14,7 @@ import aiosmtplib
 
 from . import errors
 from .logs import redacted
-from .pipelining import Dialogue, Reply
+from .pipelining import CHUNK_SIZE, TOO_LONG, Dialogue, Reply
 
 if TYPE_CHECKING:
     from .envelope import Envelope
@@ -161,26 +161,32 @@ class Session:
             reply = await self._command(mail)
             if reply.code != 250:
                 raise aiosmtplib.SMTPSenderRefused(*_words(reply), envelope.sender)
+        accepted: list[str] = []
         refused: dict[str, Reply] = {}
         with _translated("rcpt", server):
             for recipient in envelope.recipients:
                 reply = await self._command(f"RCPT TO:<{recipient}>".encode())
-                if reply.code not in (250, 251):
+                if reply.code in (250, 251):
+                    accepted.append(recipient)
+                else:
                     refused[recipient] = reply
-                if reply.code == 421 or len(refused) == len(envelope.recipients):
-                    raise aiosmtplib.SMTPRecipientsRefused(
-                        [
-                            aiosmtplib.SMTPRecipientRefused(*_words(no), address)
-                            for address, no in refused.items()
-                        ]
-                    )
+                if reply.code == 421:
+                    # The session is over, also for those accepted before.
+                    accepted.clear()
+                    break
+            if refused and not accepted:
+                raise aiosmtplib.SMTPRecipientsRefused(
+                    [
+                        aiosmtplib.SMTPRecipientRefused(*_words(no), address)
+                        for address, no in refused.items()
+                    ]
+                )
         with _translated("data", server):
             reply = await self._command(b"DATA")
             if reply.code != 354:
                 raise aiosmtplib.SMTPDataError(*_words(reply))
         reply = await self._message(envelope.content)
-        accepted = tuple(r for r in envelope.recipients if r not in refused)
-        return Receipt(accepted, refused, reply)
+        return Receipt(tuple(accepted), refused, reply)
 
     def _mail_command(self, envelope: Envelope) -> bytes:
         command = f"MAIL FROM:<{envelope.sender}>"
@@ -195,7 +201,11 @@ class Session:
         return command.encode()
 
     async def _command(self, line: bytes) -> Reply:
-        reply = await self._dialogue.command(line, self.options.timeout)
+        return self._usable(await self._dialogue.command(line, self.options.timeout))
+
+    def _usable(self, reply: Reply) -> Reply:
+        if reply is TOO_LONG:
+            raise aiosmtplib.SMTPResponseException(*_words(reply))
         if reply.code == 421:
             self.abort()
         return reply
@@ -203,10 +213,8 @@ class Session:
     async def _message(self, content: bytes) -> Reply:
         dialogue, server = self._dialogue, self.options.server
         try:
-            reply = await dialogue.message(content, self.options.timeout)
+            reply = self._usable(await dialogue.message(content, self.options.timeout))
             if reply.code != 250:
-                if reply.code in (-1, 421):
-                    self.abort()
                 raise aiosmtplib.SMTPDataError(*_words(reply))
         except aiosmtplib.SMTPDataError as error:
             # Garbage says nothing about what became of the message.
@@ -292,6 +300,7 @@ class _Opening:
             except aiosmtplib.SMTPResponseException:
                 if not client.is_connected:
                     raise
+                _forget_input(client)
                 await client.helo()
 
     async def _starttls(self, client: aiosmtplib.SMTP) -> None:
@@ -301,7 +310,7 @@ class _Opening:
             await client.starttls()
             # aiosmtplib before 5.1.1 keeps what came in plaintext behind the reply
             # to STARTTLS, and takes it for the answer to EHLO (RFC 3207 section 4.2).
-            getattr(client.protocol, "_buffer", bytearray()).clear()
+            _forget_input(client)
 
     async def _log_in(self, client: aiosmtplib.SMTP) -> None:
         """Log in with the first method that both sides know; one no is final."""
@@ -347,7 +356,13 @@ class _Opening:
             error.message = redacted(error.message, secrets)
             error.args = (error.code, error.message)
         # Error reports show the variables of a traceback's frames.
+        error.__context__ = None
         return error.with_traceback(None)
+
+
+def _forget_input(client: aiosmtplib.SMTP) -> None:
+    """Drop what was received: a line that is no reply would stay, and fail them all."""
+    getattr(client.protocol, "_buffer", bytearray()).clear()
 
 
 def _is_of_handshake(error: BaseException | None) -> bool:
@@ -376,15 +391,26 @@ async def connect(options: Options) -> socket.socket:
 
     :raises SMTPConnectError: with the ``OSError`` as its cause.
     """
-    loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(options.timeout):
-            addresses = await loop.getaddrinfo(
-                options.host, options.port, type=socket.SOCK_STREAM
-            )
+            addresses = await _addresses(options.host, options.port)
             return await _first_to_answer(addresses, options.source_address)
     except OSError as error:
         raise aiosmtplib.SMTPConnectError(f"{options.server}: {error}") from error
+
+
+async def _addresses(host: str, port: int) -> list[Any]:
+    with suppress(socket.gaierror):
+        # An address needs no DNS, and so no thread.
+        return socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+        )
+    loop = asyncio.get_running_loop()
+    try:
+        return await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except RuntimeError:
+        # At exit no thread can be started any more, and nobody else has to wait.
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
 
 async def _first_to_answer(
@@ -435,6 +461,10 @@ async def _connect_to(
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setblocking(False)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            # Otherwise the kernel holds megabytes, and their way to a slow server
+            # looks like its silence.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CHUNK_SIZE)
         if source_address is not None:
             sock.bind(source_address)
         await asyncio.get_running_loop().sock_connect(sock, target)

@@ -45,10 +45,14 @@ def client_context(
 
 
 def _build(files: _Files) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=files.cafile)
-    if files.certfile or files.keyfile:
-        # A key without a certificate is an error that names the certificate.
-        context.load_cert_chain(files.certfile or "", files.keyfile)
+    try:
+        context = ssl.create_default_context(cafile=files.cafile)
+        if files.certfile or files.keyfile:
+            # With a password, lest OpenSSL asks the terminal for the one of the key.
+            context.load_cert_chain(files.certfile or "", files.keyfile, password="")
+    except OSError as error:
+        names = ", ".join(f"ssl_{k}={v!r}" for k, v in files._asdict().items() if v)
+        raise type(error)(error.errno, f"{error}: cannot use {names}") from error
     return context
 
 
