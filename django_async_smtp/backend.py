@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from asgiref.sync import sync_to_async
 from django.core.mail.backends.base import BaseEmailBackend
@@ -20,9 +20,6 @@ from .mailing import Mailing, log_failure
 
 if TYPE_CHECKING:
     from django.core.mail import EmailMessage
-
-# Seconds that a connection stays which open() made, where none is kept idle.
-WARM_TIME: Final = 20.0
 
 
 class Backend(BaseEmailBackend):
@@ -285,10 +282,7 @@ async def _warm(in_caller: InCaller, route: opts.Route) -> None:
     with smtp_loop().pools_for(route) as pools:
         if any(pool.has_session and not pool.is_down for pool in pools):
             return
-        courier = Courier(route, pools)
-        await courier.prepare()
-        # Even where none is kept idle: the call that opens it is about to use it.
-        courier.release(keep=max(WARM_TIME, *(s.idle_timeout for s in route.servers)))
+        await Courier(route, pools).prepare()
 
 
 async def _deliver(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
+from random import Random
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeGuard, cast
 
 from . import errors
@@ -22,11 +22,17 @@ if TYPE_CHECKING:
     from .pool import Pool
     from .session import Receipt, Session
 
+# Not the one that a project may seed.
+_random = Random()  # noqa: S311
+
 State = Literal["sent", "refused", "failed", "unknown", "not_sent"]
 
 # No message was on its way yet.
 _BEFORE_MAIL: Final = {"connect", "greeting", "ehlo", "tls", "auth"}
 TOO_MANY_RECIPIENTS: Final = 452
+# Seconds that a connection stays between the messages of a call, where none is kept
+# idle after it.
+WITHIN_A_CALL: Final = 20.0
 # Seconds before the first retry; doubled for each further one.
 FIRST_PAUSE: Final = 0.5
 
@@ -157,7 +163,7 @@ class _Work:
             if isinstance(broken, CallerStopped):
                 await self.cancel_helpers()
         finally:
-            courier.release()
+            courier.finish()
 
     async def _help(self) -> None:
         task = cast("asyncio.Task[None]", asyncio.current_task())
@@ -193,7 +199,10 @@ class _Work:
 
 class Courier:
     """
-    Sends one message after another, on one session for as long as it lasts.
+    Sends one message after another.
+
+    Holds a session only while it sends: between messages, user code runs, and may
+    itself need a session.
 
     :ivar attempts: how often the message at hand was tried.
     """
@@ -203,17 +212,17 @@ class Courier:
         self.pools = pools
         self.attempts = 0
         self._pool = pools[0]
-        self._session: Session | None = None
 
     async def prepare(self) -> None:
-        """Get a session ahead of the first message."""
-        self._session = await self._acquire(fresh=False)
+        """Have a session ready ahead of the first message."""
+        session = await self._acquire(fresh=False)
+        self._release(session)
 
-    def release(self, *, keep: float | None = None) -> None:
-        """Give the session back; see ``Pool.release``."""
-        if self._session is not None:
-            self._pool.release(self._session, keep=keep)
-            self._session = None
+    def finish(self) -> None:
+        """End what is not to be kept after the call."""
+        for pool in self.pools:
+            if pool.options.idle_timeout == 0:
+                pool.close_idle()
 
     def is_cut_off(self, error: Exception | None) -> TypeGuard[errors.SMTPError]:
         """Whether the next message would meet the same error, on any connection."""
@@ -286,12 +295,10 @@ class Courier:
             try:
                 return await self._replacing_the_dead(envelope)
             except errors.SMTPError as error:
-                pause = FIRST_PAUSE * 2**retry * random.uniform(0.5, 1)  # noqa: S311
+                pause = FIRST_PAUSE * 2**retry * _random.uniform(0.5, 1)
                 is_too_late = time.monotonic() + pause > deadline
                 if not error.temporary or retry >= self.route.retries or is_too_late:
                     raise
-            # Others may use the session meanwhile.
-            self.release()
             await asyncio.sleep(pause)
         raise AssertionError("unreachable")
 
@@ -301,34 +308,30 @@ class Courier:
 
         That is safe: nothing of the message was accepted yet.
         """
-        self.attempts += 1
-        session = await self._use_session()
+        session = await self._take_turn(fresh=False)
         was_used = session.is_used
         try:
             return await self._transact(session, envelope)
         except errors.SMTPError as error:
             if not (was_used and _had_died(error)):
                 raise
-        self.release()
-        self.attempts += 1
-        return await self._transact(await self._use_session(fresh=True), envelope)
+        return await self._transact(await self._take_turn(fresh=True), envelope)
 
     async def _transact(self, session: Session, envelope: Envelope) -> Receipt:
         try:
             return await session.send(envelope)
         finally:
-            if not session.is_clean:
-                self.release()
+            self._release(session)
 
-    async def _use_session(self, *, fresh: bool = False) -> Session:
-        """Return a session for a message, the one at hand where it may go on."""
+    async def _take_turn(self, *, fresh: bool) -> Session:
+        self.attempts += 1
         await self._pool.turn()
-        session, self._session = self._session, None
-        if session is None:
-            self._session = await self._acquire(fresh=fresh)
-        else:
-            self._session = await self._pool.go_on(session)
-        return self._session
+        return await self._acquire(fresh=fresh)
+
+    def _release(self, session: Session) -> None:
+        # Until the end of the call, at least: ``finish``.
+        keep = self._pool.options.idle_timeout or WITHIN_A_CALL
+        self._pool.release(session, keep=keep)
 
     async def _acquire(self, *, fresh: bool) -> Session:
         """Return a session with the first server that can be reached."""

@@ -121,7 +121,8 @@ def from_settings() -> dict[str, Any]:
         if key in DJANGO_SETTINGS:
             raise OptionError(f"ASYNC_SMTP[{key!r}]: set {DJANGO_SETTINGS[key]}.")
         if key not in EXTRA:
-            raise OptionError(f"ASYNC_SMTP[{key!r}] is unknown.{_closest(key)}")
+            problem = f"({_type_name(value)}) is unknown.{_closest(key)}"
+            raise OptionError(f"ASYNC_SMTP[{key!r}] {problem}")
         _check_type(key, value, None)
     # Django 6.1 warns about these settings where ``settings`` itself is asked. It has
     # said so at startup, about those that the project sets.
@@ -158,6 +159,8 @@ def checked(values: Mapping[str, Any], alias: str | None) -> dict[str, Any]:
             "those settings to True.",
             alias,
         )
+    if found["ssl_keyfile"] and not found["ssl_certfile"]:
+        raise _unusable(alias, "ssl_keyfile", "needs ssl_certfile beside it.")
     if found["source_address"] is not None:
         found["source_address"] = tuple(found["source_address"])
     for name in ("ssl_keyfile", "ssl_certfile", "ssl_cafile"):

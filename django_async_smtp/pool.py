@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import random
 from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass, field
+from random import Random
 from typing import TYPE_CHECKING, Final, Literal
 
 from .errors import ConnectError, Disconnected, PoolTimeout, ResponseError, SMTPError
@@ -28,6 +28,9 @@ LIMIT_MEMORY: Final = 60.0
 # A connection's lifetime is shortened by up to this part, so that they do not all
 # end at once.
 AGE_JITTER: Final = 0.1
+
+# Not the one that a project may seed.
+_random = Random()  # noqa: S311
 
 Reason = Literal["idle", "age", "messages", "ended by server", "unclean", "asked"]
 
@@ -132,22 +135,15 @@ class Pool:
             session = self._take()
             if session is None and self._has_room():
                 session = await self._connect()
+                if session is not None:
+                    return session
+                # Another may have come free meanwhile.
+                continue
             if session is None:
                 session = await self._wait(deadline, in_front=is_waiting)
                 is_waiting = True
             if session is not None and await self._is_alive(session):
                 return session
-
-    async def go_on(self, session: Session) -> Session:
-        """
-        Return a session for the caller's next message: the same one, if it may.
-
-        It may not where it has done its part, or where others wait for it.
-        """
-        if self._waiters or self._why_not_keep(session) is not None:
-            self.release(session)
-            return await self.acquire()
-        return session if await self._is_alive(session) else await self.acquire()
 
     def release(self, session: Session, *, keep: float | None = None) -> None:
         """
@@ -247,7 +243,7 @@ class Pool:
             self._serve_waiters()
             raise
         self._connecting -= 1
-        lifetime = self.options.max_age * (1 - random.random() * AGE_JITTER)  # noqa: S311
+        lifetime = self.options.max_age * (1 - _random.random() * AGE_JITTER)
         session.end_of_life = self._loop.time() + lifetime
         self._in_use.add(session)
         self._allowed = max(self._allowed, len(self._in_use))

@@ -443,9 +443,6 @@ async def test_an_exception_of_user_code_comes_out_of_a_coroutine(
     assert caught.value is error
 
 
-@pytest.mark.xfail(
-    sys.version_info < (3, 11, 8), reason="asyncio loses a StopIteration of a thread"
-)
 @pytest.mark.asyncio
 async def test_a_stop_iteration_of_user_code_does_not_hang_a_coroutine(
     server: ScriptedServer, make_backend: MakeBackend
@@ -611,9 +608,6 @@ def test_a_server_silent_at_quit_does_not_hold_up_the_end_of_the_process() -> No
         assert server.commands(b"QUIT")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="connecting needs a thread, for DNS, that cannot start any more"
-)
 @pytest.mark.parametrize("is_warm", [True, False])
 def test_an_exit_handler_can_send(server: ScriptedServer, is_warm: bool) -> None:
     run(f"""

@@ -48,6 +48,15 @@ VALUES: dict[str, Any] = {
     "local_hostname": "mail.example.com",
     "source_address": ("127.0.0.1", 0),
     "ssl_cafile": "ca.pem",
+    "max_connections": 3,
+    "max_messages": 50,
+    "max_age": 60.0,
+    "idle_timeout": 0,
+    "ping_after": 0,
+    "rate_limit": 2.5,
+    "retries": 2,
+    "retry_deadline": 10,
+    "fallbacks": ("two.example.com", {"host": "three.example.com", "port": 2526}),
 }
 
 WRONG_TYPES: list[tuple[str, Any]] = [
@@ -85,6 +94,17 @@ WRONG_EXTRA: list[tuple[str, Any]] = [
     ("source_address", (None, 0)),
     ("ssl_cafile", 1),
     ("ssl_cafile", True),
+    ("max_connections", 0),
+    ("max_connections", True),
+    ("max_messages", 1.5),
+    ("max_age", 0),
+    ("idle_timeout", -1),
+    ("ping_after", "5"),
+    ("rate_limit", 0),
+    ("retries", -1),
+    ("retry_deadline", "30"),
+    ("fallbacks", "two.example.com"),
+    ("fallbacks", [25]),
 ]
 
 
@@ -96,7 +116,7 @@ def options_of(backend: Backend) -> Options:
     """Return what the backend connects with; a server must listen."""
     backend.open()
     assert backend.connection is not None
-    return backend.connection
+    return backend.connection.servers[0]
 
 
 def configured(settings: Any, **options: Any) -> Any:
@@ -254,6 +274,7 @@ def test_only_true_is_true_in_mailers(name: str, value: Any, settings: Any) -> N
 @email_settings
 @pytest.mark.parametrize("name", DJANGO_SETTINGS)
 def test_each_setting_of_djangos_is_read(name: str, settings: Any) -> None:
+    settings.EMAIL_SSL_CERTFILE = VALUES["ssl_certfile"]
     setattr(settings, DJANGO_SETTINGS[name], VALUES[name])
     assert getattr(Backend(), name) == VALUES[name]
 
@@ -292,8 +313,8 @@ def test_async_smtp_must_be_a_dict(value: Any, settings: Any) -> None:
         ("hostname", "Did you mean 'local_hostname'?"),
         ("cafile", "Did you mean 'ssl_cafile'?"),
         ("LOCAL_HOSTNAME", "Did you mean 'local_hostname'?"),
-        ("zzz", "Known: local_hostname, source_address, ssl_cafile."),
-        (1, "Known: local_hostname, source_address, ssl_cafile."),
+        ("zzz", f"Known: {', '.join(EXTRA)}."),
+        (1, f"Known: {', '.join(EXTRA)}."),
     ],
 )
 def test_an_unknown_key_of_async_smtp_is_an_error(
@@ -302,7 +323,7 @@ def test_an_unknown_key_of_async_smtp_is_an_error(
     settings.ASYNC_SMTP = {key: SECRET}
     with pytest.raises(ImproperlyConfigured) as raised:
         Backend()
-    assert str(raised.value) == f"ASYNC_SMTP[{key!r}] is unknown. {end}"
+    assert str(raised.value) == f"ASYNC_SMTP[{key!r}] (str) is unknown. {end}"
 
 
 @email_settings

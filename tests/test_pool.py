@@ -16,7 +16,7 @@ import pytest
 from django_async_smtp import errors, pool
 from django_async_smtp.envelope import Envelope
 from django_async_smtp.errors import PoolTimeout, SMTPError
-from django_async_smtp.pool import MAX_CONNECTIONS, Pool
+from django_async_smtp.pool import Counts, Pool
 from django_async_smtp.session import QUIT_TIMEOUT, Session
 
 from .conftest import options_for
@@ -41,48 +41,40 @@ async def eventually(is_true: Callable[[], object]) -> None:
     await asyncio.to_thread(wait_until, is_true)
 
 
-class WatchedPool(Pool):
-    """A pool that counts how often it was empty."""
-
-    def __init__(self, server: ScriptedServer, **options: Any) -> None:
-        self.times_empty = 0
-        super().__init__(options_for(server, **options), self._count)
-
-    def _count(self) -> None:
-        self.times_empty += 1
-
-    @property
-    def state(self) -> str:
-        return repr(self).partition(": ")[2].rstrip(">")
+def idle(count: int) -> dict[str, int]:
+    """Return the state of a pool with idle sessions only."""
+    return {"in_use": 0, "idle": count, "waiting": 0}
 
 
-IDLE = "0 in use, {} idle, 0 connecting, 0 waiting"
-EMPTY = IDLE.format(0)
+EMPTY = idle(0)
+ONE_IN_USE = {"in_use": 1, "idle": 0, "waiting": 0}
 
 
 @asynccontextmanager
-async def pool_of(server: ScriptedServer, **options: Any) -> AsyncIterator[WatchedPool]:
+async def pool_of(server: ScriptedServer, **options: Any) -> AsyncIterator[Pool]:
     """Yield a pool, and check that at its end nothing is left."""
     before = open_sockets()
-    watched = WatchedPool(server, **options)
-    yield watched
-    watched.stop_keeping()
-    await watched.closed()
-    assert watched.state == EMPTY
+    pool = Pool(options_for(server, **options), Counts())
+    yield pool
+    pool.stop_keeping()
+    await pool.closed()
+    assert pool.state() == EMPTY
+    assert pool.is_unused
+    assert pool.counts.closed.total() == pool.counts.opened
     await eventually(lambda: server.open_connections == 0)
     await eventually(lambda: open_sockets() <= before)
 
 
 async def all_sessions(pool: Pool) -> list[Session]:
     """Take as many sessions as the pool gives."""
-    return [await pool.acquire() for _ in range(MAX_CONNECTIONS)]
+    return [await pool.acquire() for _ in range(pool.options.max_connections)]
 
 
-async def waiters_for(watched: WatchedPool, count: int) -> list[asyncio.Task[Session]]:
+async def waiters_for(pool: Pool, count: int) -> list[asyncio.Task[Session]]:
     """Let tasks wait for a session."""
-    tasks = [asyncio.create_task(watched.acquire()) for _ in range(count)]
+    tasks = [asyncio.create_task(pool.acquire()) for _ in range(count)]
     await asyncio.sleep(0)
-    assert f" {count} waiting" in watched.state
+    assert f" {count} waiting" in pool.state
     return tasks
 
 
@@ -113,7 +105,7 @@ async def test_sessions_are_never_more_than_the_limit() -> None:
 
             await asyncio.gather(*(send() for _ in range(50)))
             assert most == MAX_CONNECTIONS
-            assert pool.state == IDLE.format(MAX_CONNECTIONS)
+            assert pool.state() == idle(MAX_CONNECTIONS)
     assert len(server.received) == 50
     assert server.connections == MAX_CONNECTIONS
     assert len(server.commands(b"QUIT")) == MAX_CONNECTIONS
@@ -127,11 +119,11 @@ async def test_the_session_that_was_used_last_is_used_next() -> None:
             first, second = await pool.acquire(), await pool.acquire()
             assert pool.has_session
             assert first is not second
-            assert not first.was_idle
+            assert not first.is_used
             release_all(pool, [first, second])
             assert pool.has_session
             assert await pool.acquire() is second
-            assert second.was_idle
+            assert second.is_used
             assert await pool.acquire() is first
             release_all(pool, [first, second])
     assert server.connections == 2
@@ -143,11 +135,11 @@ async def test_a_fresh_session_is_a_new_connection() -> None:
         async with pool_of(server) as pool:
             release_all(pool, [await pool.acquire(), await pool.acquire()])
             session = await pool.acquire(fresh=True)
-            assert not session.was_idle
-            assert pool.state == "1 in use, 0 idle, 0 connecting, 0 waiting"
+            assert not session.is_used
+            assert pool.state() == ONE_IN_USE
             await pool.closed()
             assert len(server.commands(b"QUIT")) == 2
-            assert pool.times_empty == 0
+            assert not pool.is_unused
             pool.release(session)
     assert server.connections == 3
 
@@ -234,7 +226,7 @@ async def test_a_wait_ends_with_the_timeout() -> None:
             assert caught.value.temporary
             assert isinstance(caught.value, TimeoutError)
             release_all(pool, sessions)
-            assert pool.state == IDLE.format(MAX_CONNECTIONS)
+            assert pool.state() == idle(MAX_CONNECTIONS)
 
 
 @pytest.mark.asyncio
@@ -270,7 +262,7 @@ async def test_what_a_waiter_got_in_the_moment_of_its_end_goes_to_the_next(
                 await first
             assert (await second is session) is is_clean
             release_all(pool, [*sessions, await second])
-            assert pool.state == IDLE.format(MAX_CONNECTIONS)
+            assert pool.state() == idle(MAX_CONNECTIONS)
 
 
 @pytest.mark.parametrize("is_clean", [True, False])
@@ -292,7 +284,7 @@ async def test_a_release_in_the_moment_of_a_timeout_is_not_lost(
             with pytest.raises(PoolTimeout):
                 await waiter
             release_all(pool, sessions)
-            assert pool.state == IDLE.format(MAX_CONNECTIONS - (not is_clean))
+            assert pool.state() == idle(MAX_CONNECTIONS - (not is_clean))
 
 
 # Cancelled, or failed, on the way.
@@ -304,8 +296,8 @@ async def test_nothing_is_left_where_connecting_was_cancelled() -> None:
         async with pool_of(server) as pool:
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(pool.acquire(), 0.1)
-            assert pool.state == EMPTY
-            assert pool.times_empty == 1
+            assert pool.state() == EMPTY
+            assert pool.is_unused
             await eventually(lambda: server.open_connections == 0)
             pool.release(await pool.acquire())
 
@@ -323,7 +315,7 @@ async def test_nothing_is_left_whenever_connecting_is_cancelled() -> None:
                     session = await acquiring
                     session.abort()
                     pool.release(session)
-                assert pool.state == EMPTY
+                assert pool.state() == EMPTY
 
 
 @pytest.mark.asyncio
@@ -332,8 +324,8 @@ async def test_nothing_is_left_where_connecting_failed() -> None:
         async with pool_of(server, port=free_port()) as pool:
             with pytest.raises(errors.ConnectionRefused):
                 await pool.acquire()
-            assert pool.state == EMPTY
-            assert pool.times_empty == 1
+            assert pool.state() == EMPTY
+            assert pool.is_unused
             assert not pool.has_session
 
 
@@ -404,9 +396,9 @@ async def test_an_idle_session_that_the_server_ended_is_not_used(
             session = await pool.acquire()
             await session.send(HELLO)
             pool.release(session)
-            await eventually(lambda: pool.state == EMPTY)
+            await eventually(lambda: pool.state() == EMPTY)
             assert not pool.has_session
-            assert pool.times_empty == 1
+            assert pool.is_unused
             another = await pool.acquire()
             assert another is not session
             await another.send(HELLO)
@@ -422,8 +414,8 @@ async def test_the_end_of_one_idle_session_is_not_that_of_the_others() -> None:
             second = await pool.acquire()
             await first.send(HELLO)
             release_all(pool, [first, second])
-            await eventually(lambda: pool.state == IDLE.format(1))
-            assert pool.times_empty == 0
+            await eventually(lambda: pool.state() == idle(1))
+            assert not pool.is_unused
             assert await pool.acquire() is second
             pool.release(second)
 
@@ -436,8 +428,8 @@ async def test_a_session_that_the_server_ended_in_use_does_not_become_idle() -> 
             server.close_all()
             await eventually(lambda: not session.is_clean)
             pool.release(session)
-            assert pool.state == EMPTY
-            assert pool.times_empty == 1
+            assert pool.state() == EMPTY
+            assert pool.is_unused
 
 
 @pytest.mark.asyncio
@@ -446,18 +438,18 @@ async def test_an_idle_session_says_quit_after_a_while(
 ) -> None:
     monkeypatch.setattr(pool, "IDLE_TIMEOUT", 0.1)
     with ScriptedServer() as server:
-        async with pool_of(server) as watched:
-            first, second = await watched.acquire(), await watched.acquire()
+        async with pool_of(server) as pool:
+            first, second = await pool.acquire(), await pool.acquire()
             release_all(watched, [first, second])
-            assert await watched.acquire() is second
+            assert await pool.acquire() is second
             await eventually(lambda: server.commands(b"QUIT"))
             assert not first.is_clean
             # The second was idle as long ago, but is in use.
             assert second.is_clean
-            assert watched.state == "1 in use, 0 idle, 0 connecting, 0 waiting"
-            watched.release(second)
-            await eventually(lambda: watched.times_empty == 1)
-            await watched.closed()
+            assert pool.state() == ONE_IN_USE
+            pool.release(second)
+            await eventually(lambda: pool.times_empty == 1)
+            await pool.closed()
             assert len(server.commands(b"QUIT")) == 2
 
 
@@ -473,8 +465,8 @@ async def test_a_session_that_is_not_clean_is_closed(step: Step) -> None:
             with pytest.raises(SMTPError):
                 await session.send(HELLO)
             pool.release(session)
-            assert pool.state == EMPTY
-            assert pool.times_empty == 1
+            assert pool.state() == EMPTY
+            assert pool.is_unused
             await eventually(lambda: server.open_connections == 0)
 
 
@@ -514,11 +506,11 @@ async def test_a_pool_that_stops_keeping_ends_every_session() -> None:
             pool.stop_keeping()
             await pool.closed()
             assert len(server.commands(b"QUIT")) == 1
-            assert pool.times_empty == 0
+            assert not pool.is_unused
             await sessions[0].send(HELLO)
             release_all(pool, sessions)
-            assert pool.state == EMPTY
-            assert pool.times_empty == 1
+            assert pool.state() == EMPTY
+            assert pool.is_unused
             await pool.closed()
             assert len(server.commands(b"QUIT")) == 3
 
@@ -534,7 +526,7 @@ async def test_a_pool_that_stops_keeping_still_serves_its_waiters() -> None:
             session = await waiter
             await session.send(HELLO)
             pool.release(session)
-            assert pool.times_empty == 1
+            assert pool.is_unused
 
 
 @pytest.mark.asyncio

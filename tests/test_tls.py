@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
+from django.core.exceptions import ImproperlyConfigured
 from django.core.mail import EmailMessage
 
 from django_async_smtp import Backend, SMTPError, errors
@@ -165,9 +166,9 @@ def test_a_file_that_cannot_be_used_is_an_error_that_names_it(
     assert "pass phrase" not in capfd.readouterr().err, "nobody is asked for one"
 
 
-def test_a_key_without_a_certificate_is_an_error(files: Files) -> None:
-    with pytest.raises(ssl.SSLError, match=f"cannot use ssl_keyfile='{files.keyfile}'"):
-        client_context(keyfile=str(files.keyfile))
+def test_a_key_without_a_certificate_is_an_error(make_backend: MakeBackend) -> None:
+    with pytest.raises(ImproperlyConfigured, match=r"needs ssl_certfile beside it\."):
+        make_backend(host="127.0.0.1", use_tls=True, ssl_keyfile="key.pem")
 
 
 def test_without_tls_the_files_are_not_read(
