@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test soak lint format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python example_project/demo.py
@@ -12,6 +12,10 @@ test: lint
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+# A long run with faults in 5% of the server's replies.
+soak: $(VENV)/.ready
+	SOAK_MESSAGES=20000 $(BIN)/pytest -q -rP tests/test_faults.py -k long_run
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -115,8 +115,9 @@ def test_what_fails_silently_leaves_a_log_record(
 
 @pytest.mark.timeout(1200)
 def test_a_long_run_with_faults_grows_nothing_and_loses_nothing(
-    make_backend: MakeBackend,
+    make_backend: MakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("django_async_smtp.delivery.FIRST_PAUSE", 0.01)
     batch = 100
     with FaultyServer(random_faults(11, 0.05)) as server:
         backend = make_backend(server, timeout=5, retries=1)

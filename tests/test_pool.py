@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from django_async_smtp import errors, pool
+from django_async_smtp import errors
 from django_async_smtp.envelope import Envelope
 from django_async_smtp.errors import PoolTimeout, SMTPError
+from django_async_smtp.options import Options
 from django_async_smtp.pool import Counts, Pool
 from django_async_smtp.session import QUIT_TIMEOUT, Session
 
@@ -33,6 +34,7 @@ from .servers import (
     wait_until,
 )
 
+MAX_CONNECTIONS = Options(host="", port=0).max_connections
 HELLO = Envelope("from@example.com", ("to@example.com",), b"Subject: Hi\r\n\r\nHi\r\n")
 
 
@@ -74,7 +76,7 @@ async def waiters_for(pool: Pool, count: int) -> list[asyncio.Task[Session]]:
     """Let tasks wait for a session."""
     tasks = [asyncio.create_task(pool.acquire()) for _ in range(count)]
     await asyncio.sleep(0)
-    assert f" {count} waiting" in pool.state
+    assert pool.state()["waiting"] == count
     return tasks
 
 
@@ -139,7 +141,7 @@ async def test_a_fresh_session_is_a_new_connection() -> None:
             assert pool.state() == ONE_IN_USE
             await pool.closed()
             assert len(server.commands(b"QUIT")) == 2
-            assert not pool.is_unused
+            assert pool.counts.closed == {"ended by server": 2}
             pool.release(session)
     assert server.connections == 3
 
@@ -356,8 +358,8 @@ async def test_nothing_is_lost_whatever_its_users_do() -> None:
             uses = [use(chance.choice([0, 0.001, 0.01, 1])) for _ in range(300)]
             for result in await asyncio.gather(*uses, return_exceptions=True):
                 assert result is None or isinstance(result, SMTPError | TimeoutError)
-            assert " 0 in use" in repr(pool)
-            assert " 0 connecting, 0 waiting" in repr(pool)
+            assert pool.state() == idle(pool.state()["idle"])
+            assert " 0 connecting" in repr(pool)
             sessions = await asyncio.gather(
                 *(pool.acquire() for _ in range(MAX_CONNECTIONS)),
                 return_exceptions=True,
@@ -433,14 +435,11 @@ async def test_a_session_that_the_server_ended_in_use_does_not_become_idle() -> 
 
 
 @pytest.mark.asyncio
-async def test_an_idle_session_says_quit_after_a_while(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(pool, "IDLE_TIMEOUT", 0.1)
+async def test_an_idle_session_says_quit_after_a_while() -> None:
     with ScriptedServer() as server:
-        async with pool_of(server) as pool:
+        async with pool_of(server, idle_timeout=0.1) as pool:
             first, second = await pool.acquire(), await pool.acquire()
-            release_all(watched, [first, second])
+            release_all(pool, [first, second])
             assert await pool.acquire() is second
             await eventually(lambda: server.commands(b"QUIT"))
             assert not first.is_clean
@@ -448,8 +447,8 @@ async def test_an_idle_session_says_quit_after_a_while(
             assert second.is_clean
             assert pool.state() == ONE_IN_USE
             pool.release(second)
-            await eventually(lambda: pool.times_empty == 1)
-            await pool.closed()
+            await eventually(lambda: pool.is_unused)
+            assert pool.counts.closed == {"idle": 2}
             assert len(server.commands(b"QUIT")) == 2
 
 
