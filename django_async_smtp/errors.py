@@ -362,7 +362,7 @@ IN_TLS: Final[dict[type[SMTPError], type[SMTPError]]] = {
     ReplyTimeout: TLSTimeout,
 }
 
-# aiosmtplib's words, where it has the code -1.
+# aiosmtplib's words; its code is -1, for the latter 500 before 5.1.2.
 MALFORMED = "Malformed SMTP response line: "
 TOO_LONG = "Response too long"
 
@@ -439,7 +439,7 @@ def _from_reply(
     if code == -1 and text.startswith(MALFORMED):
         # As smtplib has it: the line without the place of the reply code.
         text = text.removeprefix(MALFORMED)[4:].strip(" \t\r\n")
-    elif code == -1 and text == TOO_LONG:
+    elif text == TOO_LONG:
         code, text = 500, "Line too long."
     if code == 421 or (stage == "ehlo" and code == -1 and not text):
         cls = CLOSED_BY_REPLY.get(cls, cls)

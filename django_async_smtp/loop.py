@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
+from aiosmtplib import SMTPServerDisconnected
 from asgiref.sync import SyncToAsync, async_to_sync, sync_to_async
 
 from .pool import Counts, Pool
@@ -76,6 +77,7 @@ class SMTPLoop:
         self.thread = threading.Thread(
             target=self._run, name="django-async-smtp", daemon=True
         )
+        self.loop.set_exception_handler(_report)
         started = threading.Event()
         self.loop.call_soon(started.set)
         self.thread.start()
@@ -318,6 +320,13 @@ class CallerStopped(Exception):
     def __init__(self, reason: BaseException) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # aiosmtplib before 5.1.3 leaves the end of a connection that nobody waits for in
+    # a future that nobody looks at.
+    if not isinstance(context.get("exception"), SMTPServerDisconnected):
+        loop.default_exception_handler(context)
 
 
 def _is_in_running_loop() -> bool:

@@ -95,9 +95,18 @@ class Session:
         :raises SMTPError: it failed; nothing stays open.
         """
         opening = _Opening(options)
-        try:
+
+        async def run() -> Session:
             return cls(options, await opening.run())
+
+        running = asyncio.create_task(run())
+        try:
+            return await asyncio.shield(running)
         except BaseException:
+            # Before Python 3.12, aiosmtplib's wait_for() can lose a cancellation:
+            # then it is the end of the connection that ends it.
+            running.cancel()
+            running.add_done_callback(_retrieve)
             opening.abort()
             raise
 
@@ -308,7 +317,7 @@ class _Opening:
             if not client.supports_extension("starttls"):
                 raise aiosmtplib.SMTPNotSupported("STARTTLS is not offered")
             await client.starttls()
-            # aiosmtplib before 5.1.1 keeps what came in plaintext behind the reply
+            # aiosmtplib before 5.1.2 keeps what came in plaintext behind the reply
             # to STARTTLS, and takes it for the answer to EHLO (RFC 3207 section 4.2).
             _forget_input(client)
 
@@ -379,6 +388,12 @@ def _translated(stage: errors.Stage, server: str) -> Iterator[None]:
         yield
     except (aiosmtplib.SMTPException, OSError) as error:
         raise errors.translate(error, stage, server) from error
+
+
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Take note of an outcome that nobody waits for any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _words(reply: Reply) -> tuple[int, str]:
