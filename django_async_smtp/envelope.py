@@ -127,16 +127,15 @@ def content(message: EmailMessage, *, utf8: bool) -> bytes:
 
 
 def _refuse_line_breaks(built: Message, message: EmailMessage) -> None:
-    """
-    Do so where Django leaves it to a Python that overlooks some of them.
-
-    Looks at what was built: to ask a lazy string again would run user code twice.
-    """
-    if any("\r" in name or "\n" in name for name in map(str, message.extra_headers)):
-        raise ValueError("The name of a header holds a line break.")
+    """Do so where Django leaves it to a Python that overlooks some of them."""
+    extra = message.extra_headers
+    for given in (message.subject, *message.reply_to, *extra, *extra.values()):
+        # A lazy string runs user code, and has done so: see below.
+        if isinstance(given, str) and ("\r" in given or "\n" in given):
+            raise ValueError("A header holds a line break.")
     # Those in encoded words as well, which are decoded by now.
     if any(_LINE_BREAK.search(str(value)) for value in built.values()):
-        raise ValueError("A header holds a line break.")
+        raise ValueError("A header holds an encoded line break.")
 
 
 def with_crlf(data: bytes) -> bytes:
