@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from random import Random
-from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeGuard, cast
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Final,
+    Literal,
+    Protocol,
+    TypeGuard,
+    TypeVar,
+    cast,
+)
 
 from . import errors
 from .loop import CallerStopped
@@ -21,6 +31,8 @@ if TYPE_CHECKING:
     from .options import Route
     from .pool import Pool
     from .session import Receipt, Session
+
+T = TypeVar("T")
 
 # Not the one that a project may seed.
 _random = Random()  # noqa: S311
@@ -105,10 +117,7 @@ async def deliver(
     :returns: the error that ended it early, if one did.
     """
     work = _Work(in_caller, source, route, pools)
-    try:
-        await work.run()
-    finally:
-        await work.cancel_helpers()
+    await work.run()
     return work.ended_by
 
 
@@ -124,45 +133,61 @@ class _Work:
         self.pools = pools
         self.ended_by: errors.SMTPError | None = None
         self._broken_source: Exception | None = None
-        self._helpers: set[asyncio.Task[None]] = set()
+        self._workers: set[asyncio.Task[None]] = set()
+        self._at_work = 0
         # Helpers that wait for a session, and hold no message.
         self._idle_helpers: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        await self._work(Courier(self.route, self.pools))
-        self._dismiss_idle_helpers()
-        while self._helpers:
-            await asyncio.wait(self._helpers)
+        self._start(self._work(Courier(self.route, self.pools)))
+        try:
+            while self._workers:
+                await asyncio.wait(self._workers)
+        finally:
+            self._cancel_others()
+            await asyncio.gather(*self._workers, return_exceptions=True)
         if self._broken_source is not None:
             raise self._broken_source
 
-    async def cancel_helpers(self) -> None:
-        for helper in self._helpers:
-            helper.cancel()
-        await asyncio.gather(*self._helpers, return_exceptions=True)
+    def _cancel_others(self) -> None:
+        for worker in self._workers - {asyncio.current_task()}:
+            worker.cancel()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        worker = asyncio.get_running_loop().create_task(work)
+        self._workers.add(worker)
+        worker.add_done_callback(self._workers.discard)
+        return worker
 
     async def _work(self, courier: Courier) -> None:
         done: tuple[Item, Delivery] | None = None
+        self._at_work += 1
         try:
             while not self._is_over:
                 item = await self.in_caller(self.source.take, done)
                 done = None
                 if item is None:
                     break
-                if item.has_backlog and not self._helpers:
+                if item.has_backlog:
                     self._get_help()
                 delivery = await courier.deliver(item.envelope)
                 done = item, delivery
                 error = delivery.error
                 if courier.is_cut_off(error):
-                    self._end(error)
+                    self.ended_by = self.ended_by or error
+                elif _is_before_mail(error) and self._at_work > 1:
+                    # The others have connections, and go on.
+                    self._at_work -= 1
+                    break
             if done is not None:
                 await self.in_caller(self.source.finish, done)
         except Exception as broken:
             self._broken_source = self._broken_source or broken
             if isinstance(broken, CallerStopped):
-                await self.cancel_helpers()
+                self._cancel_others()
         finally:
+            # What is left is in the hands of others.
+            self._dismiss_idle_helpers()
             courier.finish()
 
     async def _help(self) -> None:
@@ -179,10 +204,7 @@ class _Work:
 
     def _get_help(self) -> None:
         for _ in range(self.route.servers[0].max_connections - 1):
-            helper = asyncio.get_running_loop().create_task(self._help())
-            self._idle_helpers.add(helper)
-            self._helpers.add(helper)
-            helper.add_done_callback(self._helpers.discard)
+            self._idle_helpers.add(self._start(self._help()))
 
     def _dismiss_idle_helpers(self) -> None:
         for helper in self._idle_helpers:
@@ -191,10 +213,6 @@ class _Work:
     @property
     def _is_over(self) -> bool:
         return self.ended_by is not None or self._broken_source is not None
-
-    def _end(self, error: errors.SMTPError) -> None:
-        self.ended_by = self.ended_by or error
-        self._dismiss_idle_helpers()
 
 
 class Courier:
@@ -215,7 +233,7 @@ class Courier:
 
     async def prepare(self) -> None:
         """Have a session ready ahead of the first message."""
-        session = await self._acquire(fresh=False)
+        session = await self._with_retries(partial(self._acquire, fresh=False))
         self._release(session)
 
     def finish(self) -> None:
@@ -226,7 +244,7 @@ class Courier:
 
     def is_cut_off(self, error: Exception | None) -> TypeGuard[errors.SMTPError]:
         """Whether the next message would meet the same error, on any connection."""
-        if not isinstance(error, errors.SMTPError) or error.stage not in _BEFORE_MAIL:
+        if not _is_before_mail(error):
             return False
         # A greeting may be an accident, as long as other connections work.
         return error.stage not in {"greeting", "ehlo"} or not self._pool.has_session
@@ -259,11 +277,12 @@ class Courier:
 
         A recipient that was accepted is in no further transaction.
         """
-        receipt = await self._with_retries(envelope)
+        receipt = await self._with_retries(partial(self._send, envelope))
         outcome = _success(receipt)
         while rest := self._worth_another(receipt):
+            further = replace(envelope, recipients=rest)
             try:
-                receipt = await self._with_retries(replace(envelope, recipients=rest))
+                receipt = await self._with_retries(partial(self._send, further))
             except errors.RecipientsRefused as error:
                 return _with_refused(outcome, error.recipients)
             except errors.SMTPError as error:
@@ -289,11 +308,11 @@ class Courier:
             or (self.route.retries and 400 <= reply.code < 500)
         )
 
-    async def _with_retries(self, envelope: Envelope) -> Receipt:
+    async def _with_retries(self, attempt: Callable[[], Awaitable[T]]) -> T:
         deadline = time.monotonic() + self.route.retry_deadline
         for retry in count():
             try:
-                return await self._replacing_the_dead(envelope)
+                return await attempt()
             except errors.SMTPError as error:
                 pause = FIRST_PAUSE * 2**retry * _random.uniform(0.5, 1)
                 is_too_late = time.monotonic() + pause > deadline
@@ -302,7 +321,7 @@ class Courier:
             await asyncio.sleep(pause)
         raise AssertionError("unreachable")
 
-    async def _replacing_the_dead(self, envelope: Envelope) -> Receipt:
+    async def _send(self, envelope: Envelope) -> Receipt:
         """
         Send, on a fresh session where a used one proves dead at MAIL.
 
@@ -347,6 +366,10 @@ class Courier:
                 pool.mark_down()
                 tried.append(error)
         raise _naming_all(tried)
+
+
+def _is_before_mail(error: Exception | None) -> TypeGuard[errors.SMTPError]:
+    return isinstance(error, errors.SMTPError) and error.stage in _BEFORE_MAIL
 
 
 def _is_outage(error: errors.SMTPError) -> bool:

@@ -219,8 +219,7 @@ class Pool:
         allowed = self.options.max_connections
         if self._loop.time() < self._allowed_until:
             allowed = min(allowed, self._allowed)
-        taken = len(self._in_use) + self._connecting + len(self._closing)
-        return taken + len(self._idle) < allowed
+        return self._open() + self._connecting < allowed
 
     async def _connect(self) -> Session | None:
         """Open a session; None where the server allows no more than there are."""
@@ -235,11 +234,12 @@ class Pool:
             opening.cancel()
             opening.add_done_callback(_abort_unclaimed)
             self._connecting -= 1
-            if isinstance(error, SMTPError) and self._is_at_limit(error):
-                self._allowed = max(1, len(self._in_use) + len(self._idle))
-                self._allowed_until = self._loop.time() + LIMIT_MEMORY
-                return None
-            self.counts.errors += 1
+            if isinstance(error, SMTPError):
+                if self._is_at_limit(error):
+                    self._allowed = max(1, self._open())
+                    self._allowed_until = self._loop.time() + LIMIT_MEMORY
+                    return None
+                self.counts.errors += 1
             self._serve_waiters()
             raise
         self._connecting -= 1
@@ -254,11 +254,11 @@ class Pool:
         """Whether the server refuses this connection because of the others."""
         if not error.temporary or error.stage not in {"connect", "greeting", "ehlo"}:
             return isinstance(error, ResponseError) and (
-                error.smtp_code in {432, 454} and self.has_session
+                error.smtp_code in {432, 454} and self._open() > 0
             )
         if isinstance(error, ResponseError):
-            return bool(self.has_session or self._connecting)
-        return isinstance(error, ConnectError | Disconnected) and self.has_session
+            return self._open() + self._connecting > 0
+        return isinstance(error, ConnectError | Disconnected) and self._open() > 0
 
     async def _wait(self, deadline: float, *, in_front: bool) -> Session | None:
         """Return a session that came free, or None where there may be room now."""
@@ -338,6 +338,10 @@ class Pool:
     def _closed_one(self, closing: asyncio.Task[None]) -> None:
         self._closing.discard(closing)
         self._serve_waiters()
+
+    def _open(self) -> int:
+        """Return how many connections the server may count."""
+        return len(self._in_use) + len(self._idle) + len(self._closing)
 
     def _taken(self) -> int:
         return len(self._in_use) + self._connecting + len(self._closing)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
 from django.core import mail
+from django.core.mail import EmailMessage
 
-from django_async_smtp import Backend
+from django_async_smtp import Backend, delivery
 from django_async_smtp.loop import smtp_loop
 from django_async_smtp.options import DJANGO_SETTINGS, Options
 
@@ -132,3 +133,34 @@ def _no_connections_left() -> Iterator[None]:
     """End every connection after a test, so that none serves the next one."""
     yield
     end_connections()
+
+
+@pytest.fixture
+def retry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave next to no pause before a retry."""
+    monkeypatch.setattr(delivery, "FIRST_PAUSE", 0.0001)
+
+
+def email(subject: str = "Hello", to: Iterable[str] = ("to@example.com",)) -> Any:
+    """Return a message; Any, because a message that was sent has its ``delivery``."""
+    return EmailMessage(subject, "Body", "from@example.com", list(to))
+
+
+def emails(number: int) -> list[Any]:
+    """Return so many messages, with the subjects "0", "1" and so on."""
+    return [email(f"{n}") for n in range(number)]
+
+
+def subjects(server: ScriptedServer | MailServer) -> list[str]:
+    """Return the subjects of the messages that arrived, in order."""
+    return [
+        line.removeprefix(b"Subject: ").decode()
+        for message in server.received
+        for line in message.content.splitlines()
+        if line.startswith(b"Subject: ")
+    ]
+
+
+def states(messages: Iterable[Any]) -> list[str]:
+    """Return what became of each message."""
+    return [message.delivery.state for message in messages]

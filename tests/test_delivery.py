@@ -1,23 +1,29 @@
+"""What becomes of a message: sessions, retries, replacements, transactions."""
+
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError
+from typing import Any
 
 import pytest
-from django.core.mail import EmailMessage
 
-from django_async_smtp import errors
-from django_async_smtp.delivery import Batch, Delivery, deliver
-from django_async_smtp.pool import Pool
+from django_async_smtp import Backend, delivery, errors
+from django_async_smtp.delivery import Courier
+from django_async_smtp.envelope import Envelope
+from django_async_smtp.loop import pool_stats
+from django_async_smtp.options import Route
+from django_async_smtp.pool import Counts, Pool
 
-from .conftest import options_for
+from .conftest import MakeBackend, email, emails, options_for, states, subjects
+from .faults import FaultyServer
 from .servers import (
     CLOSE,
     DEFAULT,
     RESET,
     SILENCE,
+    Action,
     MailServer,
     Script,
     ScriptedServer,
@@ -27,200 +33,51 @@ from .servers import (
     wait_until,
 )
 
-R = TypeVar("R")
+NO = b"550 5.7.1 no\r\n"
+LATER = b"451 4.3.0 later\r\n"
+TOO_MANY = b"452 4.5.3 too many recipients\r\n"
 
 
-def email(subject: str = "Hello", to: Iterable[str] = ("to@example.com",)) -> Any:
-    # Any: a message that was sent has its ``delivery``.
-    return EmailMessage(subject, "Body", "from@example.com", list(to))
+def failure_of(backend: Backend, messages: Any) -> errors.SMTPError:
+    """Send messages where that must fail, and return the error."""
+    with pytest.raises(errors.SMTPError) as caught:
+        backend.send_messages(messages)
+    return caught.value
 
 
-def subjects(server: ScriptedServer | MailServer) -> list[str]:
-    """Return the subjects of the messages that arrived, in order."""
-    return [
-        line.removeprefix(b"Subject: ").decode()
-        for message in server.received
-        for line in message.content.splitlines()
-        if line.startswith(b"Subject: ")
-    ]
+# What is told.
 
 
-@asynccontextmanager
-async def pool_of(
-    server: ScriptedServer | MailServer, **options: Any
-) -> AsyncIterator[Pool]:
-    pool = Pool(options_for(server, **options), lambda: None)
-    yield pool
-    assert " 0 in use" in repr(pool)
-    pool.stop_keeping()
-    await pool.closed()
-
-
-async def in_caller(function: Callable[..., R], *args: Any) -> R:
-    """Run a function in another thread, in place of the caller's."""
-    return await asyncio.to_thread(function, *args)
-
-
-async def delivered(
-    server: ScriptedServer | MailServer, *messages: EmailMessage, **options: Any
-) -> Batch:
-    async with pool_of(server, **options) as pool:
-        return await deliver(in_caller, pool, iter(messages))
-
-
-async def eventually(is_true: Callable[[], object]) -> None:
-    """Do as ``wait_until``, while the loop goes on."""
-    await asyncio.to_thread(wait_until, is_true)
-
-
-# Many messages.
-
-
-@pytest.mark.asyncio
-async def test_messages_go_out_in_order_on_one_connection() -> None:
-    with MailServer() as server:
-        batch = await delivered(server, *(email(f"No. {n}") for n in range(12)))
-    assert subjects(server) == [f"No. {n}" for n in range(12)]
-    assert server.connections == 1
-    assert batch.sent == 12
-    assert not batch.notable
-
-
-@pytest.mark.asyncio
-async def test_a_refused_message_does_not_stop_the_others() -> None:
-    messages = [
-        email("first"),
-        email("reject me"),
-        email("second"),
-        email(to=["nouser@example.com"]),
-        email("third"),
-        email(to=["greylisted@example.com", "nouser@example.com"]),
-        email("fourth", to=["nouser@example.com", "to@example.com"]),
-    ]
-    with MailServer() as server:
-        batch = await delivered(server, *messages)
-    assert subjects(server) == ["first", "reject me", "second", "third", "fourth"]
-    assert server.connections == 1
-    assert batch.sent == 4
-    states = [message.delivery.state for message in messages]
-    assert states == ["sent", "refused", "sent", "refused", "sent", "refused", "sent"]
-    assert [message for message, _ in batch.failures] == messages[1:6:2]
-    assert [type(error) for _, error in batch.failures] == [
-        errors.DataRefused,
-        errors.RecipientsRefused,
-        errors.RecipientsRefused,
-    ]
-    assert batch.notable == [(m, m.delivery) for m in (*messages[1:6:2], messages[6])]
-
-
-@pytest.mark.asyncio
-async def test_a_message_that_cannot_be_built_does_not_stop_the_others() -> None:
-    messages = [email("first"), email("two\nlines"), email(to=["a b"]), email("last")]
-    with MailServer() as server:
-        batch = await delivered(server, *messages)
-    assert subjects(server) == ["first", "last"]
-    assert batch.sent == 2
-    for message in messages[1:3]:
-        assert message.delivery.state == "failed"
-        assert message.delivery.attempts == 0
-        assert isinstance(message.delivery.error, ValueError)
-    assert [message for message, _ in batch.failures] == messages[1:3]
-
-
-@pytest.mark.asyncio
-async def test_a_message_without_recipients_is_not_sent() -> None:
-    with ScriptedServer() as server:
-        nobody = email(to=())
-        batch = await delivered(server, nobody)
-        assert (batch.sent, batch.notable) == (0, [])
-        assert nobody.delivery == Delivery(
-            state="not_sent", server=f"127.0.0.1:{server.port}"
-        )
-        assert server.connections == 0
-        batch = await delivered(server, email("first"), nobody, email("last"))
-    assert batch.sent == 2
-    assert subjects(server) == ["first", "last"]
-
-
-@pytest.mark.asyncio
-async def test_nothing_is_done_for_no_messages() -> None:
-    with ScriptedServer() as server:
-        assert await delivered(server) == Batch()
-    assert server.connections == 0
-
-
-@pytest.mark.asyncio
-async def test_an_error_of_the_iterator_comes_after_the_messages_before_it() -> None:
-    messages = [email("first"), email("second")]
-
-    def broken() -> Iterator[EmailMessage]:
-        yield from messages
-        raise LookupError("no more")
-
-    with MailServer() as server:
-        async with pool_of(server) as pool:
-            with pytest.raises(LookupError, match="no more"):
-                await deliver(in_caller, pool, broken())
-    assert subjects(server) == ["first", "second"]
-    assert [message.delivery.state for message in messages] == ["sent", "sent"]
-
-
-@pytest.mark.asyncio
-async def test_a_pool_outlives_a_broken_session_within_a_batch() -> None:
-    # Otherwise the next caller would get a pool of its own beside this one.
-    ends: list[None] = []
-    with ScriptedServer(scripts=({"body": CLOSE}, {})) as server:
-        pool = Pool(options_for(server), lambda: ends.append(None))
-        messages = iter([email("first"), email("second")])
-        await deliver(in_caller, pool, messages)
-        assert pool.has_session
-        assert not ends
-        pool.stop_keeping()
-        await pool.closed()
-        assert len(ends) == 1
-
-
-@pytest.mark.asyncio
-async def test_a_pool_is_given_up_after_a_batch_that_left_it_empty() -> None:
-    ends: list[None] = []
-    with ScriptedServer(scripts=({"body": CLOSE},)) as server:
-        pool = Pool(options_for(server), lambda: ends.append(None))
-        await deliver(in_caller, pool, iter([email(), email()]))
-        assert len(ends) == 1
-
-
-# What became of a message.
-
-
-@pytest.mark.asyncio
-async def test_a_delivery_tells_what_the_server_said() -> None:
+def test_a_delivery_tells_what_the_server_said(make_backend: MakeBackend) -> None:
     script: Script = {
         "no@example.com": "550 5.1.1 gibt es nöt\r\n".encode(),
         "latin@example.com": b"550 n\xf6\r\n",
         "body": b"250 2.0.0 Ok: queued as 4bQx\r\n",
     }
-    names = ("a", "no", "latin", "b")
-    message = email(to=[f"{name}@example.com" for name in names])
+    message = email(to=[f"{name}@example.com" for name in ("a", "no", "latin", "b")])
     with ScriptedServer(scripts=(script,)) as server:
-        batch = await delivered(server, message)
-    delivery = message.delivery
-    assert delivery.state == "sent"
-    assert delivery.accepted == ("a@example.com", "b@example.com")
-    assert delivery.refused == {
+        assert make_backend(server).send_messages([message]) == 1
+    told = message.delivery
+    assert told.state == "sent"
+    assert told.accepted == ("a@example.com", "b@example.com")
+    assert told.refused == {
         "no@example.com": (550, "5.1.1 gibt es nöt"),
         "latin@example.com": (550, "n\ufffd"),
     }
-    assert delivery.reply == "2.0.0 Ok: queued as 4bQx"
-    assert delivery.server == f"127.0.0.1:{server.port}"
-    assert delivery.attempts == 1
-    assert 0 < delivery.seconds < 10
-    assert delivery.error is None
-    assert batch.sent == 1
-    assert batch.failures == []
-    assert batch.notable == [(message, delivery)]
+    assert told.reply == "2.0.0 Ok: queued as 4bQx"
+    assert told.server == f"127.0.0.1:{server.port}"
+    assert told.attempts == 1
+    assert 0 < told.seconds < 10
+    assert told.error is None
 
 
-NO = b"550 5.7.1 no\r\n"
+def test_a_delivery_cannot_be_changed(
+    server: MailServer, make_backend: MakeBackend
+) -> None:
+    message = email()
+    make_backend(server).send_messages([message])
+    with pytest.raises(FrozenInstanceError):
+        message.delivery.state = "failed"
 
 
 @pytest.mark.parametrize(
@@ -231,43 +88,41 @@ NO = b"550 5.7.1 no\r\n"
         ({"data": NO}, "refused", errors.DataRefused),
         ({"body": NO}, "refused", errors.DataRefused),
         ({"body": b"421 bye\r\n"}, "refused", errors.DataRefused),
-        ({"mail": CLOSE}, "failed", errors.Disconnected),
+        ({"mail": SILENCE}, "failed", errors.ReplyTimeout),
         ({"rcpt": SILENCE}, "failed", errors.ReplyTimeout),
         ({"data": RESET}, "failed", errors.Disconnected),
         ({"body": CLOSE}, "unknown", errors.Disconnected),
         ({"body": RESET}, "unknown", errors.Disconnected),
         ({"body": SILENCE}, "unknown", errors.ReplyTimeout),
         ({"body": b"what?\r\n"}, "unknown", errors.DataRefused),
-        ({"greeting": NO}, "failed", errors.GreetingRefused),
-        ({"ehlo": b"421 busy\r\n"}, "failed", errors.HeloRefused),
     ],
     ids=repr,
 )
-@pytest.mark.asyncio
-async def test_a_delivery_tells_what_went_wrong(
-    script: Script, state: str, kind: type[errors.SMTPError]
+def test_a_delivery_tells_what_went_wrong(
+    script: Script,
+    state: str,
+    kind: type[errors.SMTPError],
+    make_backend: MakeBackend,
 ) -> None:
     message = email()
     with ScriptedServer(scripts=(script,)) as server:
-        batch = await delivered(server, message, timeout=0.3)
-    delivery = message.delivery
-    assert delivery.state == state
-    assert isinstance(delivery.error, kind)
-    assert delivery.error.maybe_delivered is (state == "unknown")
-    assert delivery.accepted == ()
-    assert delivery.reply == ""
-    assert delivery.server == f"127.0.0.1:{server.port}"
-    assert delivery.attempts == 1
-    assert delivery.seconds > 0
-    assert batch.sent == 0
-    assert batch.failures == [(message, delivery.error)]
+        error = failure_of(make_backend(server, timeout=0.3), [message])
+    told = message.delivery
+    assert isinstance(error, kind)
+    assert told.state == state
+    assert told.error is error
+    assert error.maybe_delivered is (state == "unknown")
+    assert (told.accepted, told.reply, told.attempts) == ((), "", 1)
+    assert told.server == f"127.0.0.1:{server.port}"
+    assert told.seconds > 0
+    assert error.failures == [(message, error)]
 
 
-@pytest.mark.asyncio
-async def test_recipients_that_were_all_refused_are_told() -> None:
+def test_recipients_that_were_all_refused_are_told(
+    server: MailServer, make_backend: MakeBackend
+) -> None:
     message = email(to=["nouser@example.com", "greylisted@example.com"])
-    with MailServer() as server:
-        await delivered(server, message)
+    failure_of(make_backend(server), [message])
     assert message.delivery.state == "refused"
     assert message.delivery.refused == {
         "nouser@example.com": (550, "5.1.1 <nouser@example.com>: user unknown"),
@@ -275,63 +130,215 @@ async def test_recipients_that_were_all_refused_are_told() -> None:
     }
 
 
-# A second try.
+def test_a_message_without_recipients_is_not_sent(make_backend: MakeBackend) -> None:
+    nobody = email(to=())
+    with ScriptedServer() as server:
+        messages = [email("first"), nobody, email("last")]
+        assert make_backend(server).send_messages(messages) == 2
+    assert subjects(server) == ["first", "last"]
+    assert nobody.delivery.state == "not_sent"
+    assert nobody.delivery.error is None
+
+
+# Several connections.
+
+
+def test_up_to_a_dozen_messages_take_one_connection(make_backend: MakeBackend) -> None:
+    with MailServer() as server:
+        assert make_backend(server).send_messages(emails(12)) == 12
+    assert subjects(server) == [f"{n}" for n in range(12)]
+    assert server.connections == 1
+
+
+def test_more_messages_take_more_connections(make_backend: MakeBackend) -> None:
+    messages = emails(60)
+    with FaultyServer(lambda stage: None, reply_delay=0.005) as server:
+        assert make_backend(server, max_connections=4).send_messages(messages) == 60
+        assert server.most_open == 4
+        assert all(server.copies(f"{n}") == 1 for n in range(60))
+    assert states(messages) == ["sent"] * 60
+
+
+def test_one_connection_keeps_the_order(make_backend: MakeBackend) -> None:
+    with MailServer() as server:
+        assert make_backend(server, max_connections=1).send_messages(emails(40)) == 40
+    assert subjects(server) == [f"{n}" for n in range(40)]
+    assert server.connections == 1
+
+
+def test_a_server_that_takes_few_connections_gets_few(
+    make_backend: MakeBackend,
+) -> None:
+    full: Script = {"greeting": b"421 too many connections\r\n"}
+    with ScriptedServer(scripts=({}, full)) as server:
+        assert make_backend(server).send_messages(emails(30)) == 30
+        assert server.connections <= 5
+    assert {received.connection for received in server.received} == {0}
+
+
+def test_no_connection_is_left_after_a_call_with_idle_timeout_0(
+    make_backend: MakeBackend,
+) -> None:
+    with ScriptedServer() as server:
+        assert make_backend(server, idle_timeout=0).send_messages(emails(30)) == 30
+        wait_until(lambda: server.open_connections == 0)
+        assert server.connections <= 5
+        assert len(server.commands(b"QUIT")) == server.connections
+
+
+# The end of a batch.
+
+
+def test_what_any_connection_would_meet_ends_a_batch(make_backend: MakeBackend) -> None:
+    messages = emails(30)
+    error = failure_of(make_backend(host="127.0.0.1", port=free_port()), messages)
+    assert isinstance(error, errors.ConnectionRefused)
+    assert states(messages) == ["not_sent"] * 30
+    assert error.failures == [(message, error) for message in messages]
+    assert all(message.delivery.error is error for message in messages)
+    assert error.sent == 0
+
+
+def test_an_unknown_host_ends_a_batch(make_backend: MakeBackend) -> None:
+    messages = emails(30)
+    error = failure_of(make_backend(host="no.such.host.invalid"), messages)
+    assert isinstance(error, errors.UnknownHost)
+    assert states(messages) == ["not_sent"] * 30
+
+
+@pytest.mark.parametrize(
+    ("script", "kind"),
+    [
+        ({"greeting": SILENCE}, errors.ReplyTimeout),
+        ({"greeting": b"554 no\r\n"}, errors.GreetingRefused),
+        ({"ehlo": CLOSE}, errors.Disconnected),
+        ({"auth": b"535 no\r\n"}, errors.AuthenticationRefused),
+    ],
+    ids=repr,
+)
+def test_what_fails_before_any_message_is_tried_once(
+    script: Script, kind: type[errors.SMTPError], make_backend: MakeBackend
+) -> None:
+    login = {"username": "alice", "password": "secret"}
+    messages = emails(30)
+    with ScriptedServer(scripts=(script,), extensions=("AUTH PLAIN",)) as server:
+        error = failure_of(make_backend(server, timeout=0.3, **login), messages)
+        assert server.connections == 1
+    assert isinstance(error, kind)
+    assert states(messages) == ["not_sent"] * 30
+
+
+def test_a_certificate_that_is_not_trusted_ends_a_batch(
+    server_tls: Any, make_backend: MakeBackend
+) -> None:
+    with ScriptedServer(tls=server_tls) as server:
+        error = failure_of(make_backend(server, use_tls=True), emails(30))
+        assert server.connections == 1
+    assert isinstance(error, errors.CertificateError)
+    assert len(error.failures) == 30
+
+
+def test_a_login_that_is_refused_meanwhile_ends_a_batch(
+    make_backend: MakeBackend,
+) -> None:
+    dying: Script = {"mail": Turns(DEFAULT, DEFAULT, CLOSE)}
+    scripts: tuple[Script, ...] = (dying, {"auth": b"535 5.7.8 changed\r\n"})
+    login = {"username": "alice", "password": "secret", "max_connections": 1}
+    messages = emails(30)
+    with ScriptedServer(scripts=scripts, extensions=("AUTH PLAIN",)) as server:
+        error = failure_of(make_backend(server, **login), messages)
+        assert server.connections == 2
+    assert isinstance(error, errors.AuthenticationRefused)
+    assert states(messages) == ["sent"] * 2 + ["failed"] + ["not_sent"] * 27
+    assert [message for message, _ in error.failures] == messages[2:]
+    assert error.sent == 2
+
+
+def test_helpers_try_a_login_that_is_refused_once_each(
+    make_backend: MakeBackend,
+) -> None:
+    scripts: tuple[Script, ...] = ({}, {"auth": b"535 5.7.8 changed\r\n"})
+    login = {"username": "alice", "password": "secret", "max_connections": 5}
+    with ScriptedServer(scripts=scripts, extensions=("AUTH PLAIN",)) as server:
+        assert make_backend(server, **login).send_messages(emails(100)) == 100
+        assert server.connections <= 5
+
+
+def test_connections_that_cannot_be_replaced_leave_the_rest_to_the_others(
+    make_backend: MakeBackend,
+) -> None:
+    dying: Script = {"mail": Turns(DEFAULT, CLOSE)}
+    no: Script = {"greeting": b"554 5.7.1 no more\r\n"}
+    scripts = ({}, *[dying] * 4, no)
+    messages = emails(200)
+    with ScriptedServer(scripts=scripts) as server:
+        error = failure_of(make_backend(server, max_connections=5), messages)
+        # Each of the four is replaced once, in vain; so may be the first one, which
+        # is closed with them.
+        assert server.connections <= 10
+    tried = [m for m in messages if m.delivery.state == "failed"]
+    assert len(tried) <= 5
+    assert len(error.failures) == 200 - error.sent
+
+
+def test_a_generator_is_left_alone_after_the_end(make_backend: MakeBackend) -> None:
+    messages = emails(100)
+    waiting = iter(messages)
+    error = failure_of(
+        make_backend(host="127.0.0.1", port=free_port()), (m for m in waiting)
+    )
+    left = list(waiting)
+    assert 86 <= len(left) <= 88
+    assert len(error.failures) == 100 - len(left)
+    assert not hasattr(left[0], "delivery")
+
+
+# A pooled session that has died.
 
 
 @pytest.mark.parametrize("step", [CLOSE, RESET, b"421 4.4.2 idle for too long\r\n"])
-@pytest.mark.asyncio
-async def test_a_pooled_session_that_has_died_is_replaced_unseen(step: Step) -> None:
+def test_a_pooled_session_that_has_died_is_replaced_unseen(
+    step: Step, make_backend: MakeBackend
+) -> None:
     scripts: tuple[Script, ...] = ({"mail": Turns(DEFAULT, step)}, {})
-    messages = [email("first"), email("second"), email("third")]
+    messages = emails(3)
     with ScriptedServer(scripts=scripts) as server:
-        batch = await delivered(server, *messages)
-    assert batch.sent == 3
-    assert not batch.notable
+        assert make_backend(server).send_messages(messages) == 3
     assert [message.delivery.attempts for message in messages] == [1, 2, 1]
-    assert subjects(server) == ["first", "second", "third"]
+    assert subjects(server) == ["0", "1", "2"]
     assert [message.connection for message in server.received] == [0, 1, 1]
 
 
-@pytest.mark.asyncio
-async def test_all_idle_sessions_may_have_died_with_one() -> None:
+def test_all_idle_sessions_may_have_died_with_one(make_backend: MakeBackend) -> None:
     died: Script = {"mail": Turns(DEFAULT, b"421 restarting\r\n")}
-    with ScriptedServer(scripts=(died, died, died, {})) as server:
-        async with pool_of(server) as pool:
-            first = [email(f"No. {n}") for n in range(3)]
-            await asyncio.gather(*(deliver(in_caller, pool, iter([m])) for m in first))
-            last = email("last")
-            await deliver(in_caller, pool, iter([last]))
-    assert last.delivery.state == "sent"
+    # Slow, so that all three are on their way at the same time.
+    with (
+        ScriptedServer(scripts=(died, died, died, {}), slow_body=0.1) as server,
+        ThreadPoolExecutor(3) as threads,
+    ):
+        backend = make_backend(server)
+        assert list(threads.map(backend.send_messages, [[m] for m in emails(3)]))
+        assert server.connections == 3
+        last = email("last")
+        assert backend.send_messages([last]) == 1
+        assert server.connections == 4
     assert last.delivery.attempts == 2
     assert subjects(server)[-1] == "last"
-    assert server.connections == 4
 
 
-@pytest.mark.asyncio
-async def test_a_session_is_replaced_once() -> None:
+def test_a_session_is_replaced_once(make_backend: MakeBackend) -> None:
     no = b"421 come back tomorrow\r\n"
     scripts: tuple[Script, ...] = ({"mail": Turns(DEFAULT, no)}, {"mail": no})
-    messages = [email("first"), email("second")]
+    messages = emails(2)
     with ScriptedServer(scripts=scripts) as server:
-        await delivered(server, *messages)
+        error = failure_of(make_backend(server), messages)
         assert server.connections == 2
         assert len(server.commands(b"MAIL")) == 3
-    delivery = messages[1].delivery
-    assert delivery.attempts == 2
-    assert delivery.state == "refused"
-    assert isinstance(delivery.error, errors.SenderRefused)
-    assert delivery.error.smtp_code == 421
-    assert subjects(server) == ["first"]
-
-
-@pytest.mark.parametrize("step", [CLOSE, b"421 busy\r\n"])
-@pytest.mark.asyncio
-async def test_a_new_session_that_fails_is_not_replaced(step: Step) -> None:
-    message = email()
-    with ScriptedServer(scripts=({"mail": step}, {})) as server:
-        await delivered(server, message)
-    assert message.delivery.attempts == 1
-    assert server.connections == 1
+    assert messages[1].delivery.attempts == 2
+    assert messages[1].delivery.state == "refused"
+    assert isinstance(error, errors.SenderRefused)
+    assert error.smtp_code == 421
+    assert subjects(server) == ["0"]
 
 
 @pytest.mark.parametrize(
@@ -349,83 +356,299 @@ async def test_a_new_session_that_fails_is_not_replaced(step: Step) -> None:
         ("body", b"421 bye\r\n"),
     ],
 )
-@pytest.mark.asyncio
-async def test_what_the_server_may_have_heard_is_not_tried_again(
-    stage: str, step: Step
+def test_what_the_server_may_have_heard_is_not_tried_again(
+    stage: str, step: Step, make_backend: MakeBackend
 ) -> None:
-    messages = [email("first"), email("second"), email("third")]
+    messages = emails(3)
     with ScriptedServer(scripts=({stage: Turns(DEFAULT, step)}, {})) as server:
-        batch = await delivered(server, *messages, timeout=0.3)
+        error = failure_of(make_backend(server, timeout=0.3), messages)
     assert messages[1].delivery.attempts == 1
     assert messages[1].delivery.state != "sent"
-    assert subjects(server).count("second") == (stage == "body")
+    assert subjects(server).count("1") == (stage == "body")
     # Nor does it stop the next one.
     assert messages[2].delivery.state == "sent"
-    assert batch.sent == 2
+    assert error.sent == 2
 
 
-@pytest.mark.asyncio
-async def test_a_server_that_is_gone_meanwhile_is_told_as_that() -> None:
-    messages = [email(f"No. {n}") for n in range(3)]
+def test_a_server_that_is_gone_meanwhile_is_told_as_that(
+    make_backend: MakeBackend,
+) -> None:
+    messages = emails(3)
     died: Script = {"mail": Turns(DEFAULT, CLOSE)}
     with ScriptedServer(scripts=(died, {"greeting": b"554 no\r\n"})) as server:
-        batch = await delivered(server, *messages)
-    assert messages[1].delivery.state == "failed"
+        error = failure_of(make_backend(server), messages)
+        assert server.connections == 2
     assert messages[1].delivery.attempts == 2
-    assert isinstance(messages[1].delivery.error, errors.GreetingRefused)
-    assert batch.sent == 1
-    assert server.connections == 2
-
-
-# The end of a batch.
+    assert isinstance(error, errors.GreetingRefused)
+    assert states(messages) == ["sent", "failed", "not_sent"]
 
 
 @pytest.mark.asyncio
-async def test_a_connection_that_is_refused_ends_the_batch() -> None:
-    messages = [email(f"No. {n}") for n in range(5)]
-    with ScriptedServer() as server:
-        batch = await delivered(server, *messages, port=free_port())
-    assert batch.sent == 0
-    assert len(batch.failures) == 1
-    assert isinstance(messages[0].delivery.error, errors.ConnectionRefused)
-    assert messages[0].delivery.state == "failed"
-    assert messages[0].delivery.attempts == 1
+async def test_a_batch_that_is_cancelled_leaves_nothing_open(
+    make_backend: MakeBackend,
+) -> None:
+    with ScriptedServer(scripts=({"body": Turns(DEFAULT, SILENCE)},)) as server:
+        messages = emails(3)
+        backend = make_backend(server)
+        sending = asyncio.create_task(backend.asend_messages(messages))
+        await asyncio.to_thread(wait_until, lambda: len(server.received) == 2)
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        await asyncio.to_thread(wait_until, lambda: server.open_connections == 0)
+    assert pool_stats()[f"127.0.0.1:{server.port}"]["in_use"] == 0
+    assert messages[0].delivery.state == "sent"
+    assert not hasattr(messages[1], "delivery")
+    assert subjects(server) == ["0", "1"]
+
+
+# Retries.
+
+TEMPORARY: list[Script] = [
+    {"greeting": b"421 busy\r\n"},
+    {"greeting": LATER},
+    {"greeting": CLOSE},
+    {"ehlo": CLOSE},
+    {"mail": LATER},
+    {"mail": b"421 bye\r\n"},
+    {"mail": CLOSE},
+    {"mail": SILENCE},
+    {"rcpt": LATER},
+    {"rcpt": RESET},
+    {"rcpt": b"421 bye\r\n"},
+    {"data": LATER},
+    {"data": CLOSE},
+    {"body": LATER},
+    {"body": b"421 bye\r\n"},
+]
+
+
+@pytest.mark.parametrize("script", TEMPORARY, ids=repr)
+@pytest.mark.usefixtures("retry_at_once")
+def test_a_temporary_failure_is_tried_again(
+    script: Script, make_backend: MakeBackend
+) -> None:
+    ((stage, step),) = script.items()
+    assert isinstance(step, bytes | Action)
+    # On the same connection and on the next one.
+    bad: Script = {stage: Turns(step, step)}
+    message = email()
+    with ScriptedServer(scripts=(bad, bad, {})) as server:
+        backend = make_backend(server, retries=3, timeout=0.3)
+        assert backend.send_messages([message]) == 1
+        assert message.delivery.state == "sent"
+        # With 4xx in answer to it, the body arrives but is not kept.
+        kept = [r for r in server.received if r.recipients]
+        assert len(kept) == (3 if stage == "body" else 1)
+
+
+# A session that died at MAIL is replaced in any case.
+NOT_REPLACED = [s for s in TEMPORARY if s.get("mail") in (None, LATER, SILENCE)]
+
+
+@pytest.mark.parametrize("script", NOT_REPLACED, ids=repr)
+def test_a_temporary_failure_is_tried_once_without_retries(
+    script: Script, make_backend: MakeBackend
+) -> None:
+    message = email()
+    with ScriptedServer(scripts=(script, {})) as server:
+        error = failure_of(make_backend(server, timeout=0.3), [message])
+        assert server.connections == 1
+    assert error.temporary
+    assert message.delivery.attempts <= 1
+
+
+@pytest.mark.parametrize("stage", ["mail", "rcpt", "data", "body"])
+@pytest.mark.usefixtures("retry_at_once")
+def test_retries_come_to_an_end(stage: str, make_backend: MakeBackend) -> None:
+    message = email()
+    with ScriptedServer(scripts=({stage: LATER},)) as server:
+        error = failure_of(make_backend(server, retries=3), [message])
+        assert len(server.commands(b"MAIL")) == 4
+        assert server.connections == 1
+    assert message.delivery.attempts == 4
+    assert error.temporary
+
+
+@pytest.mark.parametrize("stage", ["mail", "rcpt", "data", "body"])
+@pytest.mark.usefixtures("retry_at_once")
+def test_what_is_refused_for_good_is_not_tried_again(
+    stage: str, make_backend: MakeBackend
+) -> None:
+    message = email()
+    with ScriptedServer(scripts=({stage: NO},)) as server:
+        failure_of(make_backend(server, retries=3), [message])
+        assert len(server.commands(b"MAIL")) == 1
+    assert message.delivery.attempts == 1
+
+
+@pytest.mark.parametrize("step", [CLOSE, RESET, SILENCE, b"what?\r\n"], ids=repr)
+@pytest.mark.usefixtures("retry_at_once")
+def test_a_message_that_may_have_arrived_is_not_tried_again(
+    step: Step, make_backend: MakeBackend
+) -> None:
+    message = email()
+    with ScriptedServer(scripts=({"body": step}, {})) as server:
+        error = failure_of(make_backend(server, retries=3, timeout=0.3), [message])
+        assert server.connections == 1
+    assert len(server.received) == 1
+    assert message.delivery.state == "unknown"
+    assert error.maybe_delivered
+    assert not error.temporary
+
+
+@pytest.mark.usefixtures("retry_at_once")
+def test_a_server_that_comes_up_meanwhile_gets_the_message(
+    make_backend: MakeBackend,
+) -> None:
+    server = MailServer()
+    name = f"127.0.0.1:{server.port}"
+    with ThreadPoolExecutor(1) as thread:
+        backend = make_backend(server, retries=16)
+        sending = thread.submit(backend.send_messages, [email()])
+        wait_until(lambda: pool_stats().get(name, {}).get("errors", 0) >= 2)
+        with server:
+            assert sending.result(20) == 1
+            assert subjects(server) == ["Hello"]
+
+
+@pytest.mark.usefixtures("retry_at_once")
+def test_connecting_is_tried_again_as_often_as_told(make_backend: MakeBackend) -> None:
+    with ScriptedServer(scripts=({"greeting": LATER},)) as server:
+        error = failure_of(make_backend(server, retries=3), emails(30))
+        assert server.connections == 4
+    assert isinstance(error, errors.GreetingRefused)
+    assert len(error.failures) == 30
+
+
+def test_no_retry_begins_after_the_deadline(make_backend: MakeBackend) -> None:
+    message = email()
+    with ScriptedServer(scripts=({"mail": LATER},)) as server:
+        backend = make_backend(server, retries=100, retry_deadline=0.01)
+        failure_of(backend, [message])
+    assert message.delivery.attempts == 1
+
+
+@pytest.mark.usefixtures("retry_at_once")
+def test_the_deadline_ends_the_retries(make_backend: MakeBackend) -> None:
+    message = email()
+    with ScriptedServer(scripts=({"mail": LATER},)) as server:
+        backend = make_backend(server, retries=100, retry_deadline=0.2)
+        failure_of(backend, [message])
+    # 0.0001 s, doubled each time.
+    assert 4 < message.delivery.attempts < 15
+
+
+@pytest.mark.asyncio
+async def test_pauses_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    yields = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        if seconds:
+            pauses.append(seconds)
+        await yields(0)
+
+    class Lowest:
+        def uniform(self, low: float, high: float) -> float:
+            return low
+
+    monkeypatch.setattr(delivery, "_random", Lowest())
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    with ScriptedServer(scripts=({"mail": LATER},)) as server:
+        options = options_for(server)
+        pool = Pool(options, Counts())
+        courier = Courier(Route(servers=(options,), retries=4), [pool])
+        told = await courier.deliver(Envelope("a@b.example", ("c@d.example",), b"\r\n"))
+        pool.stop_keeping()
+        await pool.closed()
+    assert told.attempts == 5
+    assert pauses == [0.25, 0.5, 1, 2]
+
+
+@pytest.mark.usefixtures("retry_at_once")
+def test_a_recipient_that_was_put_off_is_tried_again_alone(
+    make_backend: MakeBackend,
+) -> None:
+    script: Script = {"grey@example.com": Turns(LATER)}
+    message = email(to=["a@example.com", "grey@example.com", "b@example.com"])
+    with ScriptedServer(scripts=(script,)) as server:
+        assert make_backend(server, retries=1).send_messages([message]) == 1
+    assert [r.recipients for r in server.received] == [
+        ["a@example.com", "b@example.com"],
+        ["grey@example.com"],
+    ]
+    assert message.delivery.refused == {}
+    assert message.delivery.accepted[-1] == "grey@example.com"
+
+
+# More recipients than a transaction takes.
+
+
+def test_recipients_beyond_the_limit_get_further_transactions(
+    make_backend: MakeBackend,
+) -> None:
+    recipients = [f"r{n}@example.com" for n in range(250)]
+    turns: list[Step] = [
+        *[DEFAULT] * 100,
+        *[TOO_MANY] * 150,
+        *[DEFAULT] * 100,
+        *[TOO_MANY] * 50,
+    ]
+    message = email(to=recipients)
+    with ScriptedServer(scripts=({"rcpt": Turns(*turns)},)) as server:
+        assert make_backend(server).send_messages([message]) == 1
+    got = [received.recipients for received in server.received]
+    assert got == [recipients[:100], recipients[100:200], recipients[200:]]
+    assert message.delivery.accepted == tuple(recipients)
+    assert message.delivery.refused == {}
+    assert message.delivery.attempts == 3
+    assert message.delivery.reply == "ok queued; ok queued; ok queued"
+    contents = {received.content for received in server.received}
+    assert len(contents) == 1
+
+
+def test_too_many_recipients_from_the_first_on_are_a_refusal(
+    make_backend: MakeBackend,
+) -> None:
+    message = email(to=["a@example.com", "b@example.com"])
+    with ScriptedServer(scripts=({"rcpt": TOO_MANY},)) as server:
+        error = failure_of(make_backend(server), [message])
+        assert len(server.commands(b"MAIL")) == 1
+    assert isinstance(error, errors.RecipientsRefused)
+    assert message.delivery.state == "refused"
+
+
+def test_a_full_mailbox_is_tried_once_more(make_backend: MakeBackend) -> None:
+    message = email(to=["a@example.com", "full@example.com", "b@example.com"])
+    script: Script = {"full@example.com": b"452 4.2.2 mailbox full\r\n"}
+    with ScriptedServer(scripts=(script,)) as server:
+        assert make_backend(server).send_messages([message]) == 1
+        assert len(server.commands(b"RCPT TO:<FULL@")) == 2
+        assert len(server.commands(b"RCPT TO:<A@")) == 1
+    assert message.delivery.accepted == ("a@example.com", "b@example.com")
+    assert message.delivery.refused == {"full@example.com": (452, "4.2.2 mailbox full")}
+    assert len(server.received) == 1
 
 
 @pytest.mark.parametrize(
-    ("script", "kind"),
+    ("stage", "step", "code", "text"),
     [
-        ({"greeting": SILENCE}, errors.ReplyTimeout),
-        ({"greeting": b"554 no\r\n"}, errors.GreetingRefused),
-        ({"ehlo": CLOSE}, errors.Disconnected),
-        ({"auth": b"535 no\r\n"}, errors.AuthenticationRefused),
+        ("body", NO, 550, "no"),
+        ("body", CLOSE, 0, "it may have been delivered"),
+        ("mail", LATER, 451, "later"),
+        ("data", CLOSE, 0, "127.0.0.1"),
     ],
     ids=repr,
 )
-@pytest.mark.asyncio
-async def test_what_fails_before_any_message_is_tried_once(
-    script: Script, kind: type[errors.SMTPError]
+def test_a_further_transaction_that_fails_is_told_of_its_recipients(
+    stage: str, step: Step, code: int, text: str, make_backend: MakeBackend
 ) -> None:
-    login = {"username": "alice", "password": "secret"}
-    with ScriptedServer(scripts=(script,), extensions=("AUTH PLAIN",)) as server:
-        messages = [email(f"No. {n}") for n in range(5)]
-        batch = await delivered(server, *messages, timeout=0.3, **login)
-        assert server.connections == 1
-    assert [type(error) for _, error in batch.failures] == [kind]
-
-
-@pytest.mark.asyncio
-async def test_a_batch_that_is_cancelled_leaves_nothing_open() -> None:
-    with ScriptedServer(scripts=({"body": Turns(DEFAULT, SILENCE)},)) as server:
-        async with pool_of(server) as pool:
-            messages = [email("first"), email("second"), email("third")]
-            sending = asyncio.create_task(deliver(in_caller, pool, iter(messages)))
-            await eventually(lambda: len(server.received) == 2)
-            sending.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await sending
-            assert not pool.has_session
-            await eventually(lambda: server.open_connections == 0)
-    assert messages[0].delivery.state == "sent"
-    assert not hasattr(messages[1], "delivery")
-    assert subjects(server) == ["first", "second"]
+    script: Script = {"rcpt": Turns(DEFAULT, TOO_MANY), stage: Turns(DEFAULT, step)}
+    message = email(to=["a@example.com", "b@example.com"])
+    with ScriptedServer(scripts=(script,)) as server:
+        assert make_backend(server).send_messages([message]) == 1
+    assert message.delivery.accepted == ("a@example.com",)
+    refused = message.delivery.refused["b@example.com"]
+    assert refused[0] == code
+    assert text in refused[1]

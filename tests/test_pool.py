@@ -3,8 +3,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import itertools
 import random
 import ssl
+import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable
@@ -13,17 +15,20 @@ from typing import Any
 
 import pytest
 
-from django_async_smtp import errors
+from django_async_smtp import errors, pool_stats
+from django_async_smtp.delivery import Courier
 from django_async_smtp.envelope import Envelope
 from django_async_smtp.errors import PoolTimeout, SMTPError
-from django_async_smtp.options import Options
+from django_async_smtp.options import Options, Route
 from django_async_smtp.pool import Counts, Pool
 from django_async_smtp.session import QUIT_TIMEOUT, Session
 
-from .conftest import options_for
+from .conftest import MakeBackend, default_backend, emails, options_for
+from .faults import FaultyServer
 from .servers import (
     CLOSE,
     DEFAULT,
+    READ,
     RESET,
     SILENCE,
     Script,
@@ -500,8 +505,7 @@ async def test_a_pool_that_stops_keeping_ends_every_session() -> None:
     with ScriptedServer() as server:
         async with pool_of(server) as pool:
             sessions = [await pool.acquire() for _ in range(3)]
-            idle = sessions.pop()
-            pool.release(idle)
+            pool.release(sessions.pop())
             pool.stop_keeping()
             await pool.closed()
             assert len(server.commands(b"QUIT")) == 1
@@ -509,8 +513,9 @@ async def test_a_pool_that_stops_keeping_ends_every_session() -> None:
             await sessions[0].send(HELLO)
             release_all(pool, sessions)
             assert pool.state() == EMPTY
-            assert pool.is_unused
             await pool.closed()
+            assert pool.is_unused
+            assert pool.counts.closed == {"asked": 3}
             assert len(server.commands(b"QUIT")) == 3
 
 
@@ -525,7 +530,7 @@ async def test_a_pool_that_stops_keeping_still_serves_its_waiters() -> None:
             session = await waiter
             await session.send(HELLO)
             pool.release(session)
-            assert pool.is_unused
+            assert pool.state() == EMPTY
 
 
 @pytest.mark.asyncio
@@ -560,3 +565,525 @@ async def test_a_pooled_session_keeps_nobodys_context_alive() -> None:
             gc.collect()
             assert request() is None
             assert pool.has_session
+
+
+# Replacing sessions.
+
+
+@pytest.mark.asyncio
+async def test_a_session_is_replaced_after_its_last_message() -> None:
+    with ScriptedServer() as server:
+        async with pool_of(server, max_messages=3, max_connections=1) as pool:
+            for _ in range(7):
+                session = await pool.acquire()
+                await session.send(HELLO)
+                pool.release(session)
+            assert pool.counts.closed == {"messages": 2}
+            assert pool.counts.opened == 3
+            assert len(server.commands(b"QUIT")) == 2
+    assert [message.connection for message in server.received] == [0, 0, 0, 1, 1, 1, 2]
+
+
+@pytest.mark.asyncio
+async def test_a_session_that_took_its_last_message_does_not_become_idle() -> None:
+    with ScriptedServer() as server:
+        async with pool_of(server, max_messages=1) as pool:
+            session = await pool.acquire()
+            await session.send(HELLO)
+            pool.release(session)
+            assert pool.state() == EMPTY
+            assert pool.counts.closed == {"messages": 1}
+            await pool.closed()
+            assert len(server.commands(b"QUIT")) == 1
+
+
+@pytest.mark.asyncio
+async def test_lifetimes_differ_and_are_at_most_max_age() -> None:
+    now = asyncio.get_running_loop().time
+    with ScriptedServer() as server:
+        async with pool_of(server, max_age=1000) as pool:
+            start = now()
+            sessions = await all_sessions(pool)
+            ends = [session.end_of_life for session in sessions]
+            assert len(set(ends)) == len(ends)
+            assert all(start + 900 <= end <= now() + 1000 for end in ends)
+            release_all(pool, sessions)
+
+
+@pytest.mark.parametrize("where", ["idle", "in use"])
+@pytest.mark.asyncio
+async def test_an_old_session_is_replaced(where: str) -> None:
+    loop = asyncio.get_running_loop()
+    with ScriptedServer() as server:
+        async with pool_of(server, max_age=0.2) as pool:
+            session = await pool.acquire()
+            if where == "idle":
+                pool.release(session)
+                assert pool.state() == idle(1)
+            await asyncio.sleep(session.end_of_life - loop.time())
+            if where == "in use":
+                pool.release(session)
+            another = await pool.acquire()
+            assert another is not session
+            assert pool.counts.closed == {"age": 1}
+            await pool.closed()
+            assert len(server.commands(b"QUIT")) == 1
+            await another.send(HELLO)
+            pool.release(another)
+
+
+@pytest.mark.asyncio
+async def test_without_idle_timeout_only_a_waiter_gets_a_released_session() -> None:
+    with ScriptedServer() as server:
+        async with pool_of(server, idle_timeout=0.0, max_connections=1) as pool:
+            session = await pool.acquire()
+            (waiter,) = await waiters_for(pool, 1)
+            pool.release(session)
+            assert await waiter is session
+            pool.release(session)
+            assert pool.state() == EMPTY
+            assert pool.counts.closed == {"idle": 1}
+            await pool.closed()
+            assert len(server.commands(b"QUIT")) == 1
+
+
+def test_without_idle_timeout_connections_end_with_the_call(
+    make_backend: MakeBackend,
+) -> None:
+    with ScriptedServer() as server:
+        backend = make_backend(server, idle_timeout=0)
+        for calls in (1, 2):
+            assert backend.send_messages(emails(20)) == 20
+            wait_until(lambda: server.open_connections == 0)
+            assert server.connections == len(server.commands(b"QUIT"))
+            assert server.connections <= calls * MAX_CONNECTIONS
+
+
+# Asking first.
+
+
+@pytest.mark.asyncio
+async def test_a_session_that_was_idle_for_long_is_asked_before_use() -> None:
+    with ScriptedServer() as server:
+        async with pool_of(server, ping_after=0.0) as pool:
+            session = await pool.acquire()
+            assert not server.commands(b"NOOP")
+            pool.release(session)
+            assert await pool.acquire() is session
+            assert len(server.commands(b"NOOP")) == 1
+            await session.send(HELLO)
+            pool.release(session)
+
+
+@pytest.mark.asyncio
+async def test_a_session_that_was_used_lately_is_not_asked() -> None:
+    with ScriptedServer() as server:
+        async with pool_of(server, ping_after=60.0) as pool:
+            session = await pool.acquire()
+            pool.release(session)
+            assert await pool.acquire() is session
+            pool.release(session)
+    assert not server.commands(b"NOOP")
+
+
+DEAD: list[Step | tuple[Step, ...]] = [
+    b"421 4.4.2 idle for too long\r\n",
+    b"250 ok\r\n421 4.4.2 idle for too long\r\n",
+    b"what?\r\n",
+    b"502 5.5.1 what is a NOOP?\r\n",
+    CLOSE,
+    RESET,
+    SILENCE,
+]
+
+
+@pytest.mark.parametrize("answer", DEAD, ids=repr)
+@pytest.mark.asyncio
+async def test_a_session_that_does_not_answer_is_replaced(answer: Step) -> None:
+    with ScriptedServer(scripts=({"noop": answer}, {})) as server:
+        async with pool_of(server, ping_after=0.0, timeout=0.3) as pool:
+            session = await pool.acquire()
+            pool.release(session)
+            another = await pool.acquire()
+            assert another is not session
+            assert pool.counts.closed == {"ended by server": 1}
+            assert pool.state() == ONE_IN_USE
+            await another.send(HELLO)
+            pool.release(another)
+
+
+@pytest.mark.parametrize("answer", DEAD, ids=repr)
+def test_a_message_goes_out_once_where_the_idle_connection_does_not_answer(
+    make_backend: MakeBackend, answer: Step
+) -> None:
+    with ScriptedServer(scripts=({"noop": answer}, {})) as server:
+        backend = make_backend(server, ping_after=0, timeout=1, max_connections=1)
+        assert backend.send_messages(emails(1)) == 1
+        assert server.connections == 2
+        assert [message.connection for message in server.received] == [1]
+        assert not server.lines[server.lines.index(b"NOOP") + 1].startswith(b"MAIL")
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_never_answers_noop_still_gets_the_messages() -> None:
+    with ScriptedServer(scripts=({"noop": b"502 no\r\n"},)) as server:
+        async with pool_of(server, ping_after=0.0, max_connections=1) as pool:
+            for _ in range(3):
+                session = await pool.acquire()
+                await session.send(HELLO)
+                pool.release(session)
+    assert len(server.received) == server.connections == 3
+
+
+# The rate.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_messages": 1}, {"max_connections": 1}, {"max_connections": 20}],
+    ids=repr,
+)
+def test_the_rate_limit_is_for_all_connections_together(
+    make_backend: MakeBackend, options: dict[str, int]
+) -> None:
+    with ScriptedServer() as server:
+        backend = make_backend(server, rate_limit=50, **options)
+        start = time.monotonic()
+        assert backend.send_messages(emails(10)) == 10
+        assert backend.send_messages(emails(11)) == 11
+        assert time.monotonic() - start >= 20 / 50
+    assert server.connections <= options.get("max_connections", 21)
+
+
+def test_the_rate_limit_is_for_all_threads_together(make_backend: MakeBackend) -> None:
+    with ScriptedServer() as server:
+        make_backend(server, rate_limit=50)
+        start = time.monotonic()
+        in_threads(10, lambda n: default_backend().send_messages(emails(2)))
+        assert time.monotonic() - start >= 19 / 50
+        assert len(server.received) == 20
+
+
+@pytest.mark.asyncio
+async def test_a_turn_later_than_the_timeout_is_refused() -> None:
+    with ScriptedServer() as server:
+        async with pool_of(server, rate_limit=2.5, timeout=0.3) as pool:
+            await pool.turn()
+            start = time.monotonic()
+            with pytest.raises(PoolTimeout, match=r"rate_limit lets 2\.5 a second"):
+                await pool.turn()
+            assert time.monotonic() - start < 0.1
+
+
+def test_a_message_whose_turn_is_too_late_fails_with_the_rate_limit(
+    make_backend: MakeBackend,
+) -> None:
+    with ScriptedServer() as server:
+        backend = make_backend(server, rate_limit=0.1, timeout=1)
+        with pytest.raises(PoolTimeout, match="rate_limit") as caught:
+            backend.send_messages(emails(3))
+        assert caught.value.sent == 1
+        assert len(server.received) == 1
+        assert pool_states() == [idle(pool_states()[0]["idle"])]
+
+
+# The limit, as the server sees it.
+
+
+def in_threads(count: int, work: Callable[[int], object]) -> None:
+    """Run the work in as many threads, all at once; raise what one raised."""
+    failures: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            work(number)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def no_fault(stage: str) -> None:
+    """Choose no fault, for a ``FaultyServer`` that works."""
+
+
+def pool_states() -> list[dict[str, int]]:
+    return [
+        {name: stats[name] for name in EMPTY}
+        for stats in pool_stats().values()
+        if stats["in_use"] or stats["idle"] or stats["waiting"]
+    ]
+
+
+def check_each_arrived_once(server: FaultyServer, count: int) -> None:
+    assert len(server.arrived) == count
+    assert set(server.arrived.values()) == {1}
+
+
+@pytest.mark.parametrize("connections", [1, 5])
+def test_threads_share_the_connections(
+    make_backend: MakeBackend, connections: int
+) -> None:
+    with FaultyServer(no_fault) as server:
+        make_backend(server, max_connections=connections, timeout=30)
+        messages = emails(200)
+
+        def work(number: int) -> None:
+            mine = messages[number * 4 : number * 4 + 4]
+            assert default_backend().send_messages(mine[:1]) == 1
+            assert default_backend().send_messages(mine[1:]) == 3
+
+        in_threads(50, work)
+        check_each_arrived_once(server, 200)
+        assert server.most_open == connections
+
+
+@pytest.mark.asyncio
+async def test_a_thousand_coroutines_share_the_connections(
+    make_backend: MakeBackend,
+) -> None:
+    with FaultyServer(no_fault) as server:
+        backend = make_backend(server, timeout=30)
+        sent = await asyncio.gather(
+            *(backend.asend_messages([message]) for message in emails(1000))
+        )
+        assert sent == [1] * 1000
+        check_each_arrived_once(server, 1000)
+        assert server.most_open == MAX_CONNECTIONS
+
+
+def test_connections_that_are_replaced_stay_within_the_limit(
+    make_backend: MakeBackend,
+) -> None:
+    with FaultyServer(no_fault) as server:
+        backend = make_backend(server, max_connections=3, max_messages=2)
+        assert backend.send_messages(emails(60)) == 60
+        check_each_arrived_once(server, 60)
+        assert server.most_open == 3
+
+
+# A server's own limit.
+
+
+class LimitedServer(FaultyServer):
+    """
+    A server that works, for so many connections at a time.
+
+    :ivar refused: how many it refused.
+    """
+
+    def __init__(self, limit: int, refusal: bytes, stage: str = "greeting") -> None:
+        super().__init__(no_fault, reply_delay=0.001)
+        self.refused = 0
+        self._limit = limit
+        self._refusal = refusal
+        self._stage = stage
+
+    async def _serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if self._open < self._limit:
+            await super()._serve(reader, writer)
+            return
+        self.refused += 1
+        if self._stage == "ehlo":
+            writer.write(b"220 limited ESMTP\r\n")
+            await reader.readline()
+        writer.write(self._refusal)
+        if self._stage == "ehlo":
+            # Once more for HELO.
+            await reader.readline()
+            writer.write(self._refusal)
+        writer.close()
+
+
+@pytest.mark.parametrize("stage", ["greeting", "ehlo"])
+@pytest.mark.parametrize("code", [421, 432, 454])
+def test_a_batch_goes_out_over_the_connections_that_the_server_allows(
+    make_backend: MakeBackend, code: int, stage: str
+) -> None:
+    refusal = f"{code} 4.7.0 too many connections\r\n".encode()
+    with LimitedServer(2, refusal, stage) as server:
+        backend = make_backend(server, timeout=10)
+        assert backend.send_messages(emails(60)) == 60
+        assert server.most_open == 2
+        assert 1 <= server.refused <= MAX_CONNECTIONS - 1
+        # It remembers.
+        refused = server.refused
+        assert backend.send_messages(emails(60)) == 60
+        assert server.refused == refused
+        assert set(server.arrived.values()) == {2}
+
+
+def test_threads_share_the_connections_that_the_server_allows(
+    make_backend: MakeBackend,
+) -> None:
+    with LimitedServer(2, b"421 4.7.0 too many connections\r\n") as server:
+        make_backend(server, timeout=10)
+        messages = emails(60)
+        in_threads(20, lambda n: default_backend().send_messages(messages[n::20]))
+        check_each_arrived_once(server, 60)
+        assert server.most_open == 2
+
+
+def test_replacing_connections_does_not_lower_the_limit_that_the_server_allows(
+    make_backend: MakeBackend,
+) -> None:
+    with LimitedServer(2, b"421 4.7.0 too many connections\r\n") as server:
+        backend = make_backend(server, timeout=10, max_messages=3)
+        assert backend.send_messages(emails(60)) == 60
+        check_each_arrived_once(server, 60)
+        assert server.refused <= MAX_CONNECTIONS - 1
+
+
+@pytest.mark.asyncio
+async def test_a_session_that_says_quit_counts_for_the_limit_of_the_server() -> None:
+    refusal: Script = {"greeting": (b"421 4.7.0 too many\r\n", CLOSE)}
+    with ScriptedServer(scripts=({"quit": SILENCE}, refusal, {})) as server:
+        async with pool_of(server, max_messages=1) as pool:
+            session = await pool.acquire()
+            await session.send(HELLO)
+            pool.release(session)
+            await eventually(lambda: server.commands(b"QUIT"))
+            session = await pool.acquire()
+            await session.send(HELLO)
+            pool.release(session)
+    assert [message.connection for message in server.received] == [0, 2]
+
+
+@pytest.mark.asyncio
+async def test_a_refused_connection_leads_to_the_session_that_came_free() -> None:
+    with ScriptedServer(scripts=({}, {"greeting": SILENCE})) as server:
+        async with pool_of(server, timeout=5) as pool:
+            session = await pool.acquire()
+            acquiring = asyncio.create_task(pool.acquire())
+            await eventually(lambda: server.connections == 2)
+            pool.release(session)
+            assert pool.state() == {"in_use": 1, "idle": 1, "waiting": 0}
+            server._open[1].sendall(b"421 4.7.0 too many connections\r\n")
+            async with asyncio.timeout(2):
+                assert await acquiring is session
+            pool.release(session)
+
+
+@pytest.mark.asyncio
+async def test_a_refusal_while_nothing_is_open_is_an_error() -> None:
+    with ScriptedServer(scripts=({"greeting": b"421 4.7.0 no\r\n"},)) as server:
+        async with pool_of(server) as pool:
+            with pytest.raises(errors.GreetingRefused):
+                await pool.acquire()
+            assert pool.counts.errors == 1
+            results = await asyncio.gather(
+                *(pool.acquire() for _ in range(20)), return_exceptions=True
+            )
+            assert {type(result) for result in results} == {errors.GreetingRefused}
+            assert pool.state() == EMPTY
+
+
+# Cancelled at every await.
+
+
+@pytest.mark.asyncio
+async def test_nothing_is_left_wherever_sending_is_cancelled() -> None:
+    to_two = Envelope("from@example.com", ("to@x.com", "no@x.com"), HELLO.content)
+    options = {"ping_after": 0.0, "max_messages": 2, "rate_limit": 2000.0}
+    with ScriptedServer(scripts=({"no@x.com": b"550 no\r\n"},)) as server:
+        async with pool_of(server, max_connections=2, **options) as pool:
+
+            async def send(envelope: Envelope, count: int) -> None:
+                courier = Courier(Route(servers=(pool.options,)), [pool])
+                for _ in range(count):
+                    delivery = await courier.deliver(envelope)
+                    assert delivery.state == "sent"
+                    assert len(delivery.refused) == len(envelope.recipients) - 1
+
+            for steps in itertools.count(0, 6):
+                sending = asyncio.create_task(send(HELLO, 3))
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                is_done = sending.done()
+                sending.cancel()
+                with suppress(asyncio.CancelledError):
+                    await sending
+                assert pool.state() == idle(pool.state()["idle"])
+                # The right answers: none is left over from before.
+                await send(to_two, 1)
+                if is_done:
+                    break
+            assert steps > 100
+
+
+@pytest.mark.parametrize(
+    "stage",
+    ["greeting", "ehlo", "noop", "mail", "rcpt", "data", "body", "rset", "quit"],
+)
+@pytest.mark.asyncio
+async def test_a_call_cancelled_at_any_stage_leaves_nothing(
+    make_backend: MakeBackend, stage: str
+) -> None:
+    before = open_sockets()
+    first: Script = {stage: SILENCE}
+    if stage == "rset":
+        first["mail"] = b"550 no\r\n"
+    if stage == "quit":
+        # The second message waits until the first one's connection is closed.
+        first["quit"] = SILENCE
+    verb = {"greeting": b"", "body": b"DATA"}.get(stage, stage.upper().encode())
+    with ScriptedServer(scripts=(first, {})) as server:
+        options = {"max_connections": 1, "max_messages": 1, "idle_timeout": 20}
+        backend = make_backend(server, ping_after=0, **options)
+        sending = asyncio.create_task(backend.asend_messages(emails(2)))
+        await eventually(
+            lambda: server.commands(verb) if verb else server.connections == 1
+        )
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        await eventually(lambda: not pool_states())
+        await eventually(lambda: server.open_connections == 0)
+        assert await backend.asend_messages(emails(1)) == 1
+        assert server.received[-1].connection == 1
+        await eventually(lambda: server.open_connections == 0)
+    await eventually(lambda: open_sockets() <= before)
+
+
+@pytest.mark.asyncio
+async def test_who_waits_for_a_turn_or_a_session_can_be_cancelled() -> None:
+    with ScriptedServer() as server:
+        async with pool_of(server, rate_limit=1.0, max_connections=1) as pool:
+            session = await pool.acquire()
+            await pool.turn()
+            waiting = [
+                asyncio.create_task(pool.turn()),
+                asyncio.create_task(pool.acquire()),
+                asyncio.create_task(pool.acquire(fresh=True)),
+            ]
+            await asyncio.sleep(0)
+            assert pool.state() == {"in_use": 1, "idle": 0, "waiting": 2}
+            for task in waiting:
+                task.cancel()
+            await asyncio.wait(waiting)
+            assert pool.state() == ONE_IN_USE
+            pool.release(session)
+
+
+@pytest.mark.asyncio
+async def test_closing_goes_on_where_the_wait_for_it_is_cancelled() -> None:
+    with ScriptedServer(scripts=({"quit": (READ,)},)) as server:
+        async with pool_of(server) as pool:
+            release_all(pool, await all_sessions(pool))
+            pool.close_idle()
+            closing = asyncio.create_task(pool.closed())
+            await eventually(lambda: len(server.commands(b"QUIT")) == MAX_CONNECTIONS)
+            closing.cancel()
+            await asyncio.wait([closing])
+            assert f"{MAX_CONNECTIONS} closing" in repr(pool)
+            server.close_all()
+            await pool.closed()
+            assert pool.is_unused
