@@ -327,6 +327,23 @@ async def test_nothing_is_left_whenever_connecting_is_cancelled() -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_session_that_is_ready_too_late_is_closed() -> None:
+    with ScriptedServer() as server:
+        async with pool_of(server) as pool:
+            acquiring = asyncio.create_task(pool.acquire())
+            await asyncio.sleep(0)
+            (opening,) = asyncio.all_tasks() - {asyncio.current_task(), acquiring}
+            while not opening.done():  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            assert not acquiring.done()
+            acquiring.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await acquiring
+            assert pool.state == EMPTY
+            assert pool.times_empty == 1
+
+
+@pytest.mark.asyncio
 async def test_nothing_is_left_where_connecting_failed() -> None:
     with ScriptedServer() as server:
         async with pool_of(server, port=free_port()) as pool:
@@ -441,6 +458,20 @@ async def test_a_session_that_the_server_ended_in_use_does_not_become_idle() -> 
 
 
 @pytest.mark.asyncio
+async def test_an_idle_session_that_is_closing_is_not_used() -> None:
+    with ScriptedServer() as server:
+        async with pool_of(server) as pool:
+            session = await pool.acquire()
+            pool.release(session)
+            # The pool is told in the loop's next turn.
+            session.abort()
+            another = await pool.acquire()
+            assert another is not session
+            assert another.is_clean
+            pool.release(another)
+
+
+@pytest.mark.asyncio
 async def test_an_idle_session_says_quit_after_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -459,6 +490,25 @@ async def test_an_idle_session_says_quit_after_a_while(
             await eventually(lambda: watched.times_empty == 1)
             await watched.closed()
             assert len(server.commands(b"QUIT")) == 2
+
+
+@pytest.mark.asyncio
+async def test_an_idle_session_that_was_used_gets_its_whole_time_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with ScriptedServer() as server:
+        async with pool_of(server) as watched:
+            first, second = await watched.acquire(), await watched.acquire()
+            monkeypatch.setattr(pool, "IDLE_TIMEOUT", 0.05)
+            watched.release(first)
+            assert await watched.acquire() is first
+            watched.release(second)
+            monkeypatch.setattr(pool, "IDLE_TIMEOUT", 30)
+            watched.release(first)
+            await eventually(lambda: server.commands(b"QUIT"))
+            assert watched.state == IDLE.format(1)
+            assert await watched.acquire() is first
+            watched.release(first)
 
 
 # Releasing.
