@@ -591,7 +591,9 @@ assert os.waitpid(child, 0) == (child, 0)
 @pytest.mark.parametrize("call", ["send()", "asyncio.run(asend())"])
 def test_a_process_that_ends_says_quit_and_nothing_else(call: str) -> None:
     with ScriptedServer() as server:
+        start = time.monotonic()
         run(f"{preamble(server)}\n{call}")
+        assert time.monotonic() - start < 5
         wait_until(lambda: not server.open_connections)
         assert server.commands(b"QUIT")
 

@@ -89,11 +89,13 @@ class Talk:
 async def talk() -> AsyncIterator[Talk]:
     loop = asyncio.get_running_loop()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        transport, _ = await loop.create_connection(
-            asyncio.Protocol, *listener.getsockname()
-        )
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        ours = socket.create_connection(listener.getsockname())
         sock, _ = listener.accept()
+    # What the test does not read stays with the dialogue.
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
     sock.setblocking(False)
+    transport, _ = await loop.create_connection(asyncio.Protocol, sock=ours)
     ends: asyncio.Queue[None] = asyncio.Queue()
     dialogue = Dialogue(transport, lambda: ends.put_nowait(None))
     with sock:
@@ -315,14 +317,17 @@ async def test_any_content_arrives_as_it_was(talk: Talk) -> None:
         assert talk.dialogue.is_clean
 
 
-LARGE = b"x" * 62 + b"\r\n"
-LARGE *= 16 * 2**20 // len(LARGE)
+LARGE = (b"x" * 62 + b"\r\n") * (20 * CHUNK_SIZE // 64)
 
 
 @pytest.mark.parametrize("code", [452, 552])
+@pytest.mark.parametrize("chunks", [2, 3, 20])
 @pytest.mark.asyncio
-async def test_a_refusal_stops_a_message_halfway(talk: Talk, code: int) -> None:
-    message = asyncio.create_task(talk.dialogue.message(LARGE, 30))
+async def test_a_refusal_stops_a_message_halfway(
+    talk: Talk, code: int, chunks: int
+) -> None:
+    content = LARGE[: chunks * CHUNK_SIZE]
+    message = asyncio.create_task(talk.dialogue.message(content, 30))
     await talk.peer.hears_line()
     await talk.peer.says(b"%d too big\r\n" % code)
     # It reads no more: only the reply can wake the writer.
@@ -331,9 +336,13 @@ async def test_a_refusal_stops_a_message_halfway(talk: Talk, code: int) -> None:
     assert not talk.dialogue.is_clean
 
 
+@pytest.mark.parametrize("chunks", [2, 3, 20])
 @pytest.mark.asyncio
-async def test_a_yes_to_half_a_message_is_no_reply_to_it(talk: Talk) -> None:
-    message = asyncio.create_task(talk.dialogue.message(LARGE, 30))
+async def test_a_yes_to_half_a_message_is_no_reply_to_it(
+    talk: Talk, chunks: int
+) -> None:
+    content = LARGE[: chunks * CHUNK_SIZE]
+    message = asyncio.create_task(talk.dialogue.message(content, 30))
     await talk.peer.hears_line()
     await talk.peer.says(b"250 ok\r\n")
     assert (await asyncio.wait_for(message, 5)).code == -1

@@ -94,6 +94,17 @@ async def test_a_session_begins_with_ehlo_in_the_clients_name() -> None:
         assert server.lines[1:] == [b"QUIT"]
 
 
+@pytest.mark.asyncio
+async def test_a_greeting_may_have_many_lines() -> None:
+    lines = b"220-test ESMTP\r\n220-no UCE\r\n220\r\n"
+    pieces = [bytes([byte]) for byte in lines]
+    with ScriptedServer(scripts=({"greeting": lines}, {"greeting": pieces})) as server:
+        for _ in range(2):
+            async with opened(server) as session:
+                await session.send(HELLO)
+    assert len(server.received) == 2
+
+
 @pytest.mark.parametrize("code", [500, 502, 504, 550])
 @pytest.mark.asyncio
 async def test_helo_is_said_where_ehlo_is_refused(code: int) -> None:
@@ -496,7 +507,7 @@ async def test_nothing_stays_open_where_the_server_is_silent(at_stage: AtStage) 
     with server:
         async with nothing_left_open(server):
             with pytest.raises(errors.ReplyTimeout) as caught:
-                await Session.open(options_for(server, **options, timeout=0.2))
+                await Session.open(options_for(server, **options, timeout=0.15))
     assert caught.value.stage == stage
 
 
@@ -509,7 +520,7 @@ async def test_nothing_stays_open_where_the_task_is_cancelled(
         async with nothing_left_open(server):
             opening = Session.open(options_for(server, **options))
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(opening, 0.2)
+                await asyncio.wait_for(opening, 0.15)
 
 
 @pytest.mark.asyncio
@@ -531,7 +542,7 @@ async def test_nothing_stays_open_whenever_the_task_is_cancelled(
         async with nothing_left_open(server):
             opening, all_steps = await open_for(1_000_000)
             await opening.result().quit()
-            for steps in range(0, all_steps, 1 + all_steps // 60):
+            for steps in range(0, all_steps, 1 + all_steps // 40):
                 opening, _ = await open_for(steps)
                 opening.cancel()
                 with suppress(asyncio.CancelledError):
@@ -551,6 +562,16 @@ async def test_nothing_stays_open_where_the_certificate_is_not_trusted(
                 await Session.open(
                     options_for(server, use_tls=True, ssl_context=client_tls)
                 )
+
+
+@pytest.mark.parametrize("name", ["zo\xeb.example", "a\r\nb"])
+@pytest.mark.asyncio
+async def test_nothing_stays_open_where_an_option_is_of_no_use(name: str) -> None:
+    with ScriptedServer() as server:
+        async with nothing_left_open(server):
+            with pytest.raises(ValueError, match=r"ascii|local_hostname"):
+                await Session.open(options_for(server, local_hostname=name))
+        assert not server.lines
 
 
 @pytest.mark.parametrize("more", [{}, LOGIN])
@@ -725,6 +746,21 @@ async def test_recipients_that_are_all_refused_are_told_with_their_replies() -> 
 
 
 @pytest.mark.asyncio
+async def test_a_server_that_closes_at_a_recipient_gets_no_message() -> None:
+    names = ("a", "bye", "c")
+    message = replace(HELLO, recipients=tuple(f"{n}@example.com" for n in names))
+    script: Script = {"bye@example.com": b"421 too many\r\n"}
+    with ScriptedServer(scripts=(script,)) as server:
+        session = await Session.open(options_for(server))
+        with pytest.raises(errors.RecipientsRefused) as caught:
+            await session.send(message)
+        assert caught.value.recipients == {"bye@example.com": (421, b"too many")}
+        assert not session.is_clean
+    assert len(server.commands(b"RCPT")) == 2
+    assert not server.commands(b"DATA")
+
+
+@pytest.mark.asyncio
 async def test_a_recipient_named_twice_may_be_accepted_once() -> None:
     script: Script = {"a@example.com": Turns(DEFAULT, b"550 duplicate\r\n")}
     with ScriptedServer(scripts=(script,)) as server:
@@ -739,11 +775,22 @@ async def test_a_recipient_named_twice_may_be_accepted_once() -> None:
 async def test_a_session_ends_where_the_server_does_not_reset(step: Step) -> None:
     script: Script = {"mail": b"550 no\r\n", "rset": step}
     with ScriptedServer(scripts=(script,)) as server:
-        session = await Session.open(options_for(server, timeout=0.3))
+        session = await Session.open(options_for(server, timeout=0.15))
         with pytest.raises(errors.SenderRefused):
             await session.send(HELLO)
         assert not session.is_clean
         await eventually(lambda: server.open_connections == 0)
+
+
+@pytest.mark.asyncio
+async def test_a_session_whose_sender_was_cancelled_at_the_reset_is_closed() -> None:
+    script: Script = {"mail": b"550 no\r\n", "rset": SILENCE}
+    with ScriptedServer(scripts=(script,)) as server:
+        async with nothing_left_open(server):
+            session = await Session.open(options_for(server))
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(session.send(HELLO), 0.1)
+            assert not session.is_clean
 
 
 SENDING = ("mail", "rcpt", "data", "body")
@@ -760,7 +807,7 @@ LONG_LINE = b"250 " + b"x" * 10_000 + b"\r\n"
 async def test_a_session_that_went_wrong_is_closed(stage: Stage, step: Step) -> None:
     with ScriptedServer(scripts=({stage: step},)) as server:
         async with nothing_left_open(server):
-            session = await Session.open(options_for(server, timeout=0.3))
+            session = await Session.open(options_for(server, timeout=0.15))
             with pytest.raises(SMTPError) as caught:
                 await session.send(HELLO)
             assert caught.value.stage == stage
@@ -804,15 +851,27 @@ async def test_a_session_is_unclean_after_a_reply_too_many(stage: Stage) -> None
         assert not server.commands(b"QUIT")
 
 
+@pytest.mark.parametrize(
+    ("uses_tls", "pause"), [(False, 0.003), (True, 0.008)], ids=["plain", "tls"]
+)
 @pytest.mark.asyncio
-async def test_the_timeout_counts_silence_and_not_the_size_of_a_message() -> None:
-    content = (b"x" * 62 + b"\r\n") * (4 * 2**20 // 64)
+async def test_the_timeout_counts_silence_and_not_the_size_of_a_message(
+    uses_tls: bool, pause: float, server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    content = (b"x" * 62 + b"\r\n") * (3 * 2**20 // 64)
     timeout = 0.4
-    with ScriptedServer(slow_body=0.003, extensions=()) as server:
-        async with opened(server, timeout=timeout) as session:
-            start = time.monotonic()
-            await session.send(replace(HELLO, content=content))
-            assert time.monotonic() - start > 2 * timeout
+    server = ScriptedServer(
+        slow_body=pause, extensions=(), tls=server_tls if uses_tls else None
+    )
+    with server:
+        options = options_for(
+            server, timeout=timeout, use_tls=uses_tls, ssl_context=client_tls
+        )
+        session = await Session.open(options)
+        start = time.monotonic()
+        await session.send(replace(HELLO, content=content))
+        assert time.monotonic() - start > 2 * timeout
+        await session.quit()
     assert server.received[0].content == content
 
 
@@ -820,7 +879,7 @@ async def test_the_timeout_counts_silence_and_not_the_size_of_a_message() -> Non
 async def test_a_server_that_stops_reading_is_a_timeout() -> None:
     script: Script = {"data": (b"354 go\r\n", DEAF)}
     with ScriptedServer(scripts=(script,)) as server:
-        session = await Session.open(options_for(server, timeout=0.3))
+        session = await Session.open(options_for(server, timeout=0.15))
         with pytest.raises(errors.ReplyTimeout) as caught:
             await session.send(LARGE)
         assert caught.value.stage == "body"
