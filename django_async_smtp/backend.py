@@ -46,6 +46,7 @@ class Backend(BaseEmailBackend):
     idle_timeout: float | None
     ping_after: float | None
     rate_limit: float | None
+    pipelining: bool | None
     retries: int | None
     retry_deadline: float | None
     fallbacks: Sequence[str | Mapping[str, Any]] | None

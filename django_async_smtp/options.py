@@ -58,6 +58,7 @@ class Options:
         every call.
     :ivar ping_after: seconds idle after which a NOOP comes before use.
     :ivar rate_limit: messages a second; None for no limit.
+    :ivar pipelining: whether to send commands together where the server offers it.
     """
 
     host: str
@@ -76,6 +77,7 @@ class Options:
     idle_timeout: float = 20.0
     ping_after: float = 5.0
     rate_limit: float | None = None
+    pipelining: bool = True
 
     @property
     def server(self) -> str:
@@ -327,6 +329,7 @@ EXTRA: Final[dict[str, Check]] = {
     "idle_timeout": ("a number of seconds, 0 or more", _is_seconds_or_0),
     "ping_after": ("a number of seconds, 0 or more", _is_seconds_or_0),
     "rate_limit": ("a number of messages a second above 0", _is_seconds),
+    "pipelining": ("True or False", _is_bool),
     "retries": ("a whole number, 0 or more", _is_count_or_0),
     "retry_deadline": ("a number of seconds above 0", _is_seconds),
     "fallbacks": ("a list of host names and dicts of options", _are_fallbacks),

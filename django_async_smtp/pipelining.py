@@ -82,20 +82,69 @@ class Dialogue(asyncio.Protocol):
             and not self._transport.is_closing()
         )
 
+    @property
+    def is_in_step(self) -> bool:
+        """Whether every reply so far was due, and a reply."""
+        return self._in_step
+
     async def command(self, line: bytes, timeout: float) -> Reply:
+        """Send a command and return the reply to it; see ``send`` and ``reply``."""
+        await self.send([line], timeout)
+        return await self.reply(timeout)
+
+    async def send(self, lines: list[bytes], timeout: float) -> None:
         """
-        Send a command and return the reply to it.
+        Send a group of commands in one write (RFC 2920); ``reply`` returns the answers.
+
+        Only the last one may be DATA.
+
+        :param timeout: seconds in which the server takes nothing.
+        :raises ValueError: a control character in a command: nothing was sent.
+        :raises SMTPServerDisconnected: the connection has ended.
+        :raises SMTPReadTimeoutError: the server took nothing in time.
+        """
+        if any(_CONTROL_CHARACTER.search(line) for line in lines):
+            raise ValueError("An SMTP command must not hold control characters.")
+        group = b"".join(line + b"\r\n" for line in lines)
+        # Replies come while a large group is written, and are read all the time: a
+        # server that stops reading until then (RFC 2920 section 3.1) goes on.
+        self._due += len(lines)
+        for start in range(0, len(group), CHUNK_SIZE):
+            self._write(group[start : start + CHUNK_SIZE])
+            while self._is_full and self._lost is None:
+                await self._progress(timeout)
+
+    async def reply(self, timeout: float) -> Reply:
+        """
+        Return the next reply that is due.
 
         :param timeout: seconds to wait for the whole reply.
-        :raises ValueError: a control character in the command: nothing was sent.
         :raises SMTPServerDisconnected: the connection ended before the reply.
         :raises SMTPReadTimeoutError: no reply in time.
         """
-        if _CONTROL_CHARACTER.search(line):
-            raise ValueError("An SMTP command must not hold control characters.")
-        self._write(line + b"\r\n")
-        self._due += 1
         return await self._next_reply(timeout)
+
+    async def settle(self, timeout: float) -> None:
+        """
+        Read the replies that are still due after a transaction was broken off.
+
+        Where the server asks for a message without recipients, it gets an empty one,
+        as RFC 2920 section 3.1 has it; where it has recipients all the same, the
+        connection ends instead, lest they get that.
+
+        :raises SMTPServerDisconnected: the connection ended.
+        :raises SMTPReadTimeoutError: no reply in time.
+        """
+        has_recipients = False
+        while self._due or self._replies:
+            reply = await self._next_reply(timeout)
+            has_recipients |= reply.code in (250, 251)
+            if reply.code == 354 and has_recipients:
+                self.abort()
+                return
+            if reply.code == 354:
+                self._write(b".\r\n")
+                self._due += 1
 
     async def message(self, content: bytes, timeout: float) -> Reply:
         """
@@ -174,15 +223,19 @@ class Dialogue(asyncio.Protocol):
         :raises SMTPReadTimeoutError: the server took nothing for ``timeout`` seconds.
         """
         while self._is_full and not self._replies:
-            left = self._transport.get_write_buffer_size()
-            self._reading = asyncio.get_running_loop().create_future()
-            done, _ = await asyncio.wait(
-                {cast("asyncio.Future[None]", self._writing), self._reading},
-                timeout=timeout,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if not done and self._transport.get_write_buffer_size() >= left:
-                raise SMTPReadTimeoutError("Timed out sending the message")
+            await self._progress(timeout)
+
+    async def _progress(self, timeout: float) -> None:
+        """Wait until something is written, or received."""
+        left = self._transport.get_write_buffer_size()
+        self._reading = asyncio.get_running_loop().create_future()
+        done, _ = await asyncio.wait(
+            {cast("asyncio.Future[None]", self._writing), self._reading},
+            timeout=timeout,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        if not done and self._transport.get_write_buffer_size() >= left:
+            raise SMTPReadTimeoutError("Timed out sending")
 
     def _early_reply(self) -> Reply:
         """Return the answer to a message that the server does not have whole."""

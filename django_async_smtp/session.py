@@ -63,6 +63,7 @@ class Session:
     def __init__(self, options: Options, client: aiosmtplib.SMTP) -> None:
         self.options = options
         self.extensions = frozenset(client.esmtp_extensions)
+        self._pipelines = options.pipelining and "pipelining" in self.extensions
         self.on_end: Callable[[], None] = lambda: None
         self.sent = 0
         self.is_used = False
@@ -166,15 +167,21 @@ class Session:
 
     async def _transact(self, mail: bytes, envelope: Envelope) -> Receipt:
         server = self.options.server
+        recipients = [
+            f"RCPT TO:<{address}>".encode() for address in envelope.recipients
+        ]
         with _translated("mail", server):
-            reply = await self._command(mail)
+            if self._pipelines:
+                group = [mail, *recipients, b"DATA"]
+                await self._dialogue.send(group, self.options.timeout)
+            reply = await self._answer(mail)
             if reply.code != 250:
                 raise aiosmtplib.SMTPSenderRefused(*_words(reply), envelope.sender)
         accepted: list[str] = []
         refused: dict[str, Reply] = {}
         with _translated("rcpt", server):
-            for recipient in envelope.recipients:
-                reply = await self._command(f"RCPT TO:<{recipient}>".encode())
+            for recipient, command in zip(envelope.recipients, recipients, strict=True):
+                reply = await self._answer(command)
                 if reply.code in (250, 251):
                     accepted.append(recipient)
                 else:
@@ -191,7 +198,7 @@ class Session:
                     ]
                 )
         with _translated("data", server):
-            reply = await self._command(b"DATA")
+            reply = await self._answer(b"DATA")
             if reply.code != 354:
                 raise aiosmtplib.SMTPDataError(*_words(reply))
         reply = await self._message(envelope.content)
@@ -208,6 +215,12 @@ class Session:
                 raise ValueError(envelope.smtputf8_error)
             command += " SMTPUTF8"
         return command.encode()
+
+    async def _answer(self, command: bytes) -> Reply:
+        """Return the reply to a command of a transaction, sent by now or not."""
+        if not self._pipelines:
+            return await self._command(command)
+        return self._usable(await self._dialogue.reply(self.options.timeout))
 
     async def _command(self, line: bytes) -> Reply:
         return self._usable(await self._dialogue.command(line, self.options.timeout))
@@ -239,10 +252,12 @@ class Session:
 
     async def _reset(self) -> None:
         """Make the server forget a transaction that was broken off."""
-        if not self.is_clean:
-            self.abort()
-            return
         try:
+            if self._dialogue.is_in_step:
+                await self._dialogue.settle(self.options.timeout)
+            if not self.is_clean:
+                self.abort()
+                return
             reply = await self._command(b"RSET")
         except BaseException as error:
             self.abort()

@@ -230,19 +230,24 @@ class ScriptedServer:
 
     :ivar scripts: the script of the first connection, of the second, and so on; the
         last one serves all further ones.
+    :param packets: what goes into one packet: each of the "replies", of their "bytes",
+        or all that is due "together".
     :ivar received: every message that arrived whole, whatever was answered.
     :ivar lines: the commands of all connections, in order.
+    :ivar unread: what came together with the commands that met a SILENCE.
     :ivar peers: the address of each connection's client.
     """
 
     scripts: tuple[Script, ...] = ({},)
     tls: ssl.SSLContext | None = None
     implicit: bool = False
-    extensions: tuple[str, ...] = ("SIZE 10000000", "8BITMIME", "PIPELINING")
+    extensions: tuple[str, ...] = ("SIZE 10000000", "8BITMIME")
     slow_body: float = 0.0
+    packets: str = "replies"
     received: list[Received] = field(default_factory=list)
     lines: list[bytes] = field(default_factory=list)
     peers: list[tuple[str, int]] = field(default_factory=list)
+    unread: list[bytes] = field(default_factory=list)
     connections: int = 0
     host: str = "127.0.0.1"
 
@@ -336,6 +341,7 @@ class _Connection:
         self.is_tls = False
         self.login = False
         self.buffer = b""
+        self.output = b""
 
     def run(self) -> None:
         if self.server.implicit:
@@ -366,6 +372,8 @@ class _Connection:
                     reply = self.do(address, b"") or self.do("rcpt", b"250 ok\r\n")
                     if reply.startswith(b"25"):
                         recipients.append(address)
+                case "DATA" if not recipients and "data" not in self.script:
+                    self.say(b"554 5.5.1 no valid recipients\r\n")
                 case "DATA":
                     if self.do("data", b"354 go\r\n").startswith(b"354"):
                         content = self.read_body()
@@ -384,6 +392,7 @@ class _Connection:
                         self.do("idle", b"")
                 case "QUIT":
                     self.do("quit", b"221 bye\r\n")
+                    self.flush()
                     raise _Closed
                 case _:
                     self.do(verb.lower(), b"250 ok\r\n")
@@ -393,7 +402,7 @@ class _Connection:
         steps = self.script.get(stage)
         if steps is None:
             if default:
-                self.sock.sendall(default)
+                self.say(default)
             return default
         if isinstance(steps, Turns):
             turn = self.turns[stage]
@@ -404,23 +413,27 @@ class _Connection:
             if step is DEFAULT:
                 step = default
             if isinstance(step, bytes):
-                self.sock.sendall(step)
+                self.say(step)
                 sent = step
             elif step is READ:
                 self.server.lines.append(self.read_line())
             elif step is SILENCE:
+                self.server.unread.append(self.buffer)
                 while True:
                     self.fill()
             elif step is DEAF:
+                self.flush()
                 self.server._stop.wait(30)
                 raise _Closed
             elif step is RESET:
+                self.flush()
                 self.raw.setsockopt(
                     socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
                 )
                 self.sock.close()
                 raise _Closed
             else:
+                self.flush()
                 with suppress(OSError):
                     self.raw.shutdown(socket.SHUT_RDWR)
                 raise _Closed
@@ -443,6 +456,7 @@ class _Connection:
             while True:
                 self.fill()
         assert self.server.tls is not None
+        self.flush()
         self.sock = self.server.tls.wrap_socket(self.sock, server_side=True)
         self.server._open[self.server._open.index(self.raw)] = self.sock
         self.raw = self.sock
@@ -456,14 +470,29 @@ class _Connection:
             self.login = self.do(stage, b"").startswith(b"235")
             return
         if method.upper() == "CRAM-MD5" and "auth" not in self.script:
-            self.sock.sendall(b"334 PDEyMzRAdGVzdD4=\r\n")
+            self.say(b"334 PDEyMzRAdGVzdD4=\r\n")
             self.server.lines.append(self.read_line())
         if method.upper() == "LOGIN" and "auth" not in self.script:
             for _ in range(1 if initial else 2):
-                self.sock.sendall(b"334 UGFzc3dvcmQ6\r\n")
+                self.say(b"334 UGFzc3dvcmQ6\r\n")
                 self.server.lines.append(self.read_line())
         reply = self.do("auth", b"235 welcome\r\n")
         self.login = reply.startswith(b"235")
+
+    def say(self, data: bytes) -> None:
+        """Send a reply, in the pieces that the server was told to make of it."""
+        if self.server.packets == "together":
+            self.output += data
+        elif self.server.packets == "bytes":
+            for start in range(len(data)):
+                self.sock.sendall(data[start : start + 1])
+        else:
+            self.sock.sendall(data)
+
+    def flush(self) -> None:
+        output, self.output = self.output, b""
+        if output:
+            self.sock.sendall(output)
 
     def read_line(self) -> bytes:
         while b"\n" not in self.buffer:
@@ -484,6 +513,7 @@ class _Connection:
         )
 
     def fill(self) -> None:
+        self.flush()
         data = self.sock.recv(65536)
         if not data:
             raise _Closed

@@ -90,7 +90,7 @@ async def test_a_session_begins_with_ehlo_in_the_clients_name() -> None:
         async with opened(server, local_hostname="mail.client.example") as session:
             assert server.lines == [b"EHLO mail.client.example"]
             assert session.is_clean
-            assert session.extensions == {"size", "8bitmime", "pipelining"}
+            assert session.extensions == {"size", "8bitmime"}
         assert server.lines[1:] == [b"QUIT"]
 
 
@@ -166,7 +166,7 @@ async def test_what_came_before_tls_is_not_believed(
     injected = b"220 go\r\n250-evil\r\n250 SMTPUTF8\r\n"
     with ScriptedServer(scripts=({"starttls": injected},), tls=server_tls) as server:
         async with opened(server, use_tls=True, ssl_context=client_tls) as session:
-            assert session.extensions == {"size", "8bitmime", "pipelining"}
+            assert session.extensions == {"size", "8bitmime"}
             await session.send(HELLO)
 
 

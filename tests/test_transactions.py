@@ -1,0 +1,164 @@
+"""A pipelined transaction ends as one command at a time does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from django.core.mail import EmailMessage
+from hypothesis import HealthCheck, given, settings, strategies
+
+from django_async_smtp import Delivery
+
+from .conftest import MakeBackend, end_connections
+from .servers import CLOSE, DEFAULT, SILENCE, Received, Script, ScriptedServer, Step
+
+EXTENSIONS = ("SIZE 10000000", "8BITMIME", "PIPELINING")
+TO = ["a@example.com", "b@example.com", "c@example.com"]
+REPLIES: list[Step] = [
+    b"250 fine\r\n",
+    b"250-two\r\n250 lines\r\n",
+    b"251 forwarded\r\n",
+    b"354 go on\r\n",
+    b"450 busy\r\n",
+    b"452 too many\r\n",
+    b"550 no\r\n",
+    b"421 bye\r\n",
+    b"what?\r\n",
+    CLOSE,
+]
+PACKETS = ["replies", "bytes", "together"]
+
+
+def outcome(
+    make_backend: MakeBackend, script: Script, packets: str, **options: Any
+) -> tuple[Delivery, list[Received], bool]:
+    """
+    Send a message to a server that follows the script, and another one after it.
+
+    Return what became of the first, what arrived of it, and whether the second went
+    out.
+    """
+    first, second = (
+        EmailMessage(subject, "Body", "from@example.com", TO, headers={"Date": "now"})
+        for subject in ("first", "second")
+    )
+    with ScriptedServer((script, {}), extensions=EXTENSIONS, packets=packets) as server:
+        backend = make_backend(server, fail_silently=True, timeout=5, **options)
+        backend.send_messages([first])
+        is_second_sent = backend.send_messages([second]) == 1
+        end_connections()
+        received = [
+            replace(message, connection=0, content=b"", options="")
+            for message in server.received
+            if message.recipients and b"Subject: first" in message.content
+        ]
+    delivery = first.delivery  # type: ignore[attr-defined]
+    return comparable(delivery), received, is_second_sent
+
+
+def comparable(delivery: Delivery) -> Delivery:
+    error: Any = delivery.error
+    summary = (type(error), getattr(error, "args", ()), getattr(error, "stage", ""))
+    if isinstance(error, OSError) and error.errno:
+        summary = (type(error), (), getattr(error, "stage", ""))
+    return replace(delivery, server="", seconds=0, error=summary)  # type: ignore[arg-type]
+
+
+def transaction_scripts() -> strategies.SearchStrategy[Script]:
+    stages = ["mail", *TO, "data", "body", "rset"]
+    return strategies.dictionaries(
+        strategies.sampled_from(stages), strategies.sampled_from(REPLIES), max_size=4
+    ).map(without_nonsense)
+
+
+def without_nonsense(script: dict[str, Step]) -> Script:
+    """
+    Keep to what a server can mean.
+
+    After a refused MAIL no recipient is accepted, and without one no DATA.
+    """
+    script = dict(script)
+    if script.get("mail", DEFAULT) not in (DEFAULT, *REPLIES[:2]):
+        for stage in (*TO, "data"):
+            script.setdefault(stage, b"503 MAIL first\r\n")
+            if script[stage] in REPLIES[:4]:
+                script[stage] = b"503 MAIL first\r\n"
+    return dict(script)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(script=transaction_scripts(), packets=strategies.sampled_from(PACKETS))
+def test_any_failure_in_any_packets_ends_the_same(
+    make_backend: MakeBackend, script: Script, packets: str
+) -> None:
+    one_by_one = outcome(make_backend, script, "replies", pipelining=False)
+    together = outcome(make_backend, script, packets)
+    assert together[:2] == one_by_one[:2]
+
+
+def commands_before_the_first_reply(
+    make_backend: MakeBackend, extensions: tuple[str, ...], **options: Any
+) -> int:
+    """Return how many commands of a transaction came while MAIL was unanswered."""
+    with ScriptedServer(({"mail": SILENCE},), extensions=extensions) as server:
+        backend = make_backend(server, timeout=0.3, fail_silently=True, **options)
+        backend.send_messages([EmailMessage("s", "b", "from@example.com", TO)])
+        (buffer,) = server.unread
+        return len(server.commands(b"MAIL")) + buffer.count(b"\r\n")
+
+
+def test_a_transaction_is_sent_together_where_the_server_offers_it(
+    make_backend: MakeBackend,
+) -> None:
+    count = commands_before_the_first_reply(make_backend, EXTENSIONS)
+    assert count == len(["MAIL", *TO, "DATA"])
+
+
+def test_commands_wait_for_their_replies_where_the_server_does_not(
+    make_backend: MakeBackend,
+) -> None:
+    assert commands_before_the_first_reply(make_backend, ()) == 1
+
+
+def test_pipelining_can_be_turned_off(make_backend: MakeBackend) -> None:
+    count = commands_before_the_first_reply(make_backend, EXTENSIONS, pipelining=False)
+    assert count == 1
+
+
+def test_an_empty_message_is_ended_where_all_recipients_were_refused(
+    make_backend: MakeBackend,
+) -> None:
+    script: Script = {"rcpt": b"550 no\r\n", "data": b"354 go on\r\n"}
+    script["body"] = b"554 no recipients\r\n"
+    delivery, received, is_second_sent = outcome(make_backend, script, "together")
+    assert delivery.state == "refused"
+    assert set(delivery.refused) == set(TO)
+    assert not received
+    # The session is in order: the same script refuses the second one as well.
+    assert not is_second_sent
+
+
+def test_nobody_gets_the_empty_message_of_a_refused_sender(
+    make_backend: MakeBackend,
+) -> None:
+    script: Script = {"mail": b"550 no\r\n"}
+    delivery, received, is_second_sent = outcome(make_backend, script, "replies")
+    assert delivery.state == "refused"
+    assert not received
+    assert is_second_sent  # On a fresh connection.
+
+
+def test_a_thousand_recipients_do_not_block_a_server_that_reads_slowly(
+    make_backend: MakeBackend,
+) -> None:
+    to = [f"{'x' * 50}{n}@example.com" for n in range(3000)]
+    message = EmailMessage("s", "b", "from@example.com", to)
+    with ScriptedServer(extensions=EXTENSIONS, packets="replies") as server:
+        assert make_backend(server, timeout=10).send_messages([message]) == 1
+        assert server.received[0].recipients == to
