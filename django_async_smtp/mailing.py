@@ -163,8 +163,8 @@ class Mailing:
         error.sent = self.sent
         if len(self._failures) + self.sent > 1:
             error.add_note(
-                f"{len(self._failures)} messages were not sent (see .failures), "
-                f"{self.sent} were."
+                f"Messages not sent: {len(self._failures)} (see .failures); "
+                f"sent: {self.sent}."
             )
 
 

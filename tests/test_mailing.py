@@ -77,7 +77,7 @@ class TestFailures:
             errors.RecipientsRefused,
             errors.RecipientsRefused,
         ]
-        assert "3 messages were not sent (see .failures), 4 were." in error.__notes__
+        assert "Messages not sent: 3 (see .failures); sent: 4." in error.__notes__
 
     @pytest.mark.asyncio
     async def test_nor_does_it_in_a_coroutine(
@@ -131,7 +131,7 @@ class TestFailures:
         assert messages[1].delivery.attempts == 0
         assert [message for message, _ in error.failures] == messages[1:4]
         assert error.sent == 2
-        assert "3 messages were not sent (see .failures), 2 were." in error.__notes__
+        assert "Messages not sent: 3 (see .failures); sent: 2." in error.__notes__
 
     def test_fail_silently_raises_what_cannot_be_built(
         self,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import logging
 import smtplib
 import ssl
 from base64 import b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from traceback import TracebackException
@@ -36,6 +37,14 @@ from .servers import (
 
 # What smtplib leaves open where the server resets the connection in a handshake.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <ssl.SSLSocket")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _garbage_collected() -> Iterator[None]:
+    """Free these sockets here, where it is known why they are open."""
+    yield
+    gc.collect()
+
 
 SENDER: Final = "from@example.com"
 ONE: Final = "one@example.com"

@@ -6,6 +6,7 @@ import os
 import pwd
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -72,7 +73,7 @@ class Postfix:
         self._write_master()
         self._postfix("start")
         for port in (self.port, self.tls_port):
-            wait_until(lambda port=port: is_listening(port))
+            wait_until(partial(is_listening, port))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
