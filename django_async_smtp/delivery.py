@@ -260,7 +260,9 @@ class Courier:
         try:
             outcome = await self._to_all(envelope)
         except Exception as error:
-            self._pool.counts.errors += 1
+            # The pool has counted what went wrong on connecting.
+            if not _is_before_mail(error) or isinstance(error, errors.PoolTimeout):
+                self._pool.counts.errors += 1
             outcome = _failure(error)
         else:
             self._pool.counts.messages += 1

@@ -380,6 +380,8 @@ def pool_stats() -> dict[str, dict[str, Any]]:
     """
     if _current is None:
         return {}
+    # The pools first: each has its counts from the start.
+    pools = _current.pools.copy()
     stats: dict[str, dict[str, Any]] = {
         server: {
             "in_use": 0,
@@ -390,7 +392,7 @@ def pool_stats() -> dict[str, dict[str, Any]]:
         }
         for server, counts in _current.counts.copy().items()
     }
-    for options, pool in _current.pools.copy().items():
+    for options, pool in pools.items():
         for name, value in pool.state().items():
             stats[options.server][name] += value
     return stats

@@ -202,6 +202,8 @@ class Pool:
         if not is_alive:
             self._in_use.discard(session)
             self._end(session, "ended by server")
+            # The others have been idle for as long: to ask each takes a timeout.
+            self._close_idle("ended by server")
         return is_alive
 
     def _why_not_keep(self, session: Session) -> Reason | None:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 # Seconds between the attempts on a host's several addresses (RFC 8305).
 ATTEMPT_DELAY: Final = 0.25
+# Seconds that a server gets to answer a NOOP: a firewall that has forgotten the
+# connection is silent.
+PING_TIMEOUT: Final = 5.0
 # Seconds that a server gets to answer a QUIT.
 QUIT_TIMEOUT: Final = 2.0
 
@@ -139,7 +142,8 @@ class Session:
         """Ask with NOOP whether the server is still there; end the session if not."""
         try:
             with _translated("mail", self.options.server):
-                reply = await self._command(b"NOOP")
+                timeout = min(PING_TIMEOUT, self.options.timeout)
+                reply = self._usable(await self._dialogue.command(b"NOOP", timeout))
                 # A farewell (421) may be in the same packet.
                 await asyncio.sleep(0)
         except errors.SMTPError:
