@@ -60,7 +60,9 @@ class FaultyServer:
     :ivar most_open: the largest number of connections at a time.
     """
 
-    def __init__(self, choose: Chooser, *, reply_delay: float = 0.0) -> None:
+    def __init__(
+        self, choose: Chooser, *, reply_delay: float = 0.0, pipelining: bool = False
+    ) -> None:
         self.host = "127.0.0.1"
         self.port = free_port()
         self.arrived: Counter[tuple[str, str]] = Counter()
@@ -69,6 +71,12 @@ class FaultyServer:
         self._open = 0
         self._choose = choose
         self._reply_delay = reply_delay
+        extensions = ["faulty", *(["PIPELINING"] if pipelining else []), "8BITMIME"]
+        marks = ["-"] * (len(extensions) - 1) + [" "]
+        self.hello = "".join(
+            f"250{mark}{extension}\r\n"
+            for mark, extension in zip(marks, extensions, strict=True)
+        ).encode()
         self._dialogues: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._run()), daemon=True
@@ -145,7 +153,7 @@ class _Dialogue:
             verb, _, argument = line.decode().rstrip().partition(" ")
             match verb:
                 case "EHLO" | "HELO":
-                    await self.answer("ehlo", b"250-faulty\r\n250 8BITMIME\r\n")
+                    await self.answer("ehlo", self.server.hello)
                 case "MAIL":
                     self.recipients = []
                     await self.answer("mail", b"250 ok\r\n")

@@ -75,6 +75,7 @@ def check_each(
     retries=strategies.integers(0, 2),
     connections=strategies.sampled_from([1, 2, 5]),
     recipients=strategies.integers(1, 3),
+    pipelining=strategies.booleans(),
 )
 def test_every_message_arrives_once_or_its_sender_knows(
     make_backend: MakeBackend,
@@ -84,10 +85,11 @@ def test_every_message_arrives_once_or_its_sender_knows(
     retries: int,
     connections: int,
     recipients: int,
+    pipelining: bool,
 ) -> None:
     monkeypatch.setattr("django_async_smtp.delivery.FIRST_PAUSE", 0.001)
     faults = random_faults(seed, rate, silence=0.02)
-    with FaultyServer(faults) as server:
+    with FaultyServer(faults, pipelining=pipelining) as server:
         backend = make_backend(
             server, timeout=0.3, retries=retries, max_connections=connections
         )
@@ -119,7 +121,7 @@ def test_a_long_run_with_faults_grows_nothing_and_loses_nothing(
 ) -> None:
     monkeypatch.setattr("django_async_smtp.delivery.FIRST_PAUSE", 0.01)
     batch = 100
-    with FaultyServer(random_faults(11, 0.05)) as server:
+    with FaultyServer(random_faults(11, 0.05), pipelining=True) as server:
         backend = make_backend(server, timeout=5, retries=1)
         before: tuple[int, int, int, int] | None = None
         counted = failed = 0

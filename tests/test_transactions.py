@@ -49,6 +49,8 @@ def outcome(
         backend.send_messages([first])
         is_second_sent = backend.send_messages([second]) == 1
         end_connections()
+        # Nobody got an empty message.
+        assert all(m.content for m in server.received if m.recipients)
         received = [
             replace(message, connection=0, content=b"", options="")
             for message in server.received
