@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -85,6 +86,7 @@ class Backend(BaseEmailBackend):
         self.fail_silently = fail_silently
         self.connection: opts.Route | None = None
         self._not_opened: SMTPError | None = None
+        self._is_finalized = False
         self.alias: str | None = getattr(self, "alias", None)
         values = self._with_defaults(given)
         self.host: str = values["host"]
@@ -119,6 +121,7 @@ class Backend(BaseEmailBackend):
         """
         if self.connection is not None:
             return False
+        self._not_opened = None
         route = self._route()
         try:
             smtp_loop().call(_warm, route)
@@ -135,6 +138,7 @@ class Backend(BaseEmailBackend):
         """Do as ``open``, without blocking the event loop."""
         if self.connection is not None:
             return False
+        self._not_opened = None
         route = await sync_to_async(self._route)()
         try:
             await smtp_loop().acall(_warm, route)
@@ -150,8 +154,14 @@ class Backend(BaseEmailBackend):
     def close(self) -> None:
         """Give the connection back. Never fails."""
         route, self.connection = self.connection, None
-        if route is not None and any(s.idle_timeout == 0 for s in route.servers):
+        if route is None:
+            return
+        if any(server.idle_timeout == 0 for server in route.servers):
             smtp_loop().close_idle_soon(route)
+        if "ssl_context" in vars(self) and not self._is_finalized:
+            # A context of this instance alone: nobody else can use its connections.
+            weakref.finalize(self, smtp_loop().close_idle_soon, route)
+            self._is_finalized = True
 
     async def aclose(self) -> None:
         """Do as ``close``."""
@@ -228,7 +238,7 @@ class Backend(BaseEmailBackend):
             route = self.connection or await sync_to_async(self._route)()
             ended_by = await smtp_loop().acall(_deliver, mailing, route)
         except BaseException:
-            mailing.log_failures()
+            await sync_to_async(mailing.log_failures)()
             raise
         finally:
             if opened:
@@ -272,9 +282,12 @@ class Backend(BaseEmailBackend):
         return tls.client_context(*files)
 
     def _opened_silently(self, mailing: Mailing) -> int:
-        """Return the count of messages that were sent where opening failed: 0."""
+        """Return how many messages were sent where opening failed silently: 0."""
         if self._not_opened is not None:
             mailing.not_opened(self._not_opened)
+        failure = mailing.settle()
+        if failure is not None:
+            raise failure
         return 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from random import Random
+from random import SystemRandom
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Not the one that a project may seed.
-_random = Random()  # noqa: S311
+# Neither the one that a project may seed, nor the same in every forked worker.
+_random = SystemRandom()
 
 State = Literal["sent", "refused", "failed", "unknown", "not_sent"]
 
@@ -181,11 +181,15 @@ class _Work:
                     break
             if done is not None:
                 await self.in_caller(self.source.finish, done)
+                done = None
         except Exception as broken:
             self._broken_source = self._broken_source or broken
             if isinstance(broken, CallerStopped):
                 self._cancel_others()
         finally:
+            if done is not None:
+                # Broken off before it could be told in the caller's thread.
+                done[0].message.delivery = done[1]  # type: ignore[attr-defined]
             # What is left is in the hands of others.
             self._dismiss_idle_helpers()
             courier.finish()
@@ -203,7 +207,12 @@ class _Work:
         await self._work(courier)
 
     def _get_help(self) -> None:
-        for _ in range(self.route.servers[0].max_connections - 1):
+        first = self.route.servers[0]
+        workers = first.max_connections
+        if first.rate_limit is not None:
+            # No more than the limit keeps busy: they would wait for each other.
+            workers = min(workers, int(first.rate_limit * first.timeout / 2))
+        for _ in range(workers - 1):
             self._idle_helpers.add(self._start(self._help()))
 
     def _dismiss_idle_helpers(self) -> None:
@@ -239,12 +248,12 @@ class Courier:
     def finish(self) -> None:
         """End what is not to be kept after the call."""
         for pool in self.pools:
-            if pool.options.idle_timeout == 0:
+            if pool.options.idle_timeout == 0 and pool.users == 1:
                 pool.close_idle()
 
     def is_cut_off(self, error: Exception | None) -> TypeGuard[errors.SMTPError]:
         """Whether the next message would meet the same error, on any connection."""
-        if not _is_before_mail(error):
+        if not _is_before_mail(error) or isinstance(error, errors.RateLimited):
             return False
         # A greeting may be an accident, as long as other connections work.
         return error.stage not in {"greeting", "ehlo"} or not self._pool.has_session
@@ -281,34 +290,36 @@ class Courier:
         """
         receipt = await self._with_retries(partial(self._send, envelope))
         outcome = _success(receipt)
-        while rest := self._worth_another(receipt):
-            further = replace(envelope, recipients=rest)
-            try:
-                receipt = await self._with_retries(partial(self._send, further))
-            except errors.RecipientsRefused as error:
-                return _with_refused(outcome, error.recipients)
-            except errors.SMTPError as error:
-                text = str(error)
-                if error.maybe_delivered:
-                    text += " (it may have been delivered)"
-                no = getattr(error, "smtp_code", 0), text.encode()
-                return _with_refused(outcome, dict.fromkeys(rest, no))
-            refused = {a: no for a, no in outcome.refused.items() if a not in rest}
-            outcome = replace(
-                outcome,
-                accepted=outcome.accepted + receipt.accepted,
-                refused=refused | _texts(receipt.refused),
-                reply=f"{outcome.reply}; {_success(receipt).reply}",
-            )
+        deadline = time.monotonic() + self.route.retry_deadline
+        retry, has_progress = 0, True
+        put_off = _put_off(outcome.refused)
+        while put_off:
+            rest = [a for a in put_off if put_off[a] == TOO_MANY_RECIPIENTS]
+            if not (rest and has_progress):
+                if not await self._pause(retry, deadline):
+                    break
+                retry, rest = retry + 1, list(put_off)
+            others = {a: code for a, code in put_off.items() if a not in rest}
+            further = await self._further(replace(envelope, recipients=tuple(rest)))
+            has_progress = bool(further.accepted)
+            outcome = _joined(outcome, further)
+            is_final = not getattr(further.error, "temporary", True)
+            put_off = others | ({} if is_final else _put_off(further.refused))
         return outcome
 
-    def _worth_another(self, receipt: Receipt) -> tuple[str, ...]:
-        return tuple(
-            address
-            for address, reply in receipt.refused.items()
-            if reply.code == TOO_MANY_RECIPIENTS
-            or (self.route.retries and 400 <= reply.code < 500)
-        )
+    async def _further(self, envelope: Envelope) -> Delivery:
+        """Try a further transaction; what fails in it befalls all its recipients."""
+        try:
+            return _success(await self._send(envelope))
+        except Exception as error:
+            failure = _failure(error)
+            if failure.refused:
+                return failure
+            text = str(error)
+            if failure.state == "unknown":
+                text += " (it may have been delivered)"
+            no = (getattr(error, "smtp_code", 0), text)
+            return replace(failure, refused=dict.fromkeys(envelope.recipients, no))
 
     async def _with_retries(self, attempt: Callable[[], Awaitable[T]]) -> T:
         deadline = time.monotonic() + self.route.retry_deadline
@@ -316,12 +327,17 @@ class Courier:
             try:
                 return await attempt()
             except errors.SMTPError as error:
-                pause = FIRST_PAUSE * 2**retry * _random.uniform(0.5, 1)
-                is_too_late = time.monotonic() + pause > deadline
-                if not error.temporary or retry >= self.route.retries or is_too_late:
+                if not error.temporary or not await self._pause(retry, deadline):
                     raise
-            await asyncio.sleep(pause)
         raise AssertionError("unreachable")
+
+    async def _pause(self, retry: int, deadline: float) -> bool:
+        """Wait before a retry; return False, at once, where there is none left."""
+        pause = FIRST_PAUSE * 2**retry * _random.uniform(0.5, 1)
+        if retry >= self.route.retries or time.monotonic() + pause > deadline:
+            return False
+        await asyncio.sleep(pause)
+        return True
 
     async def _send(self, envelope: Envelope) -> Receipt:
         """
@@ -346,8 +362,13 @@ class Courier:
 
     async def _take_turn(self, *, fresh: bool) -> Session:
         self.attempts += 1
-        await self._pool.turn()
-        return await self._acquire(fresh=fresh)
+        session = await self._acquire(fresh=fresh)
+        try:
+            await self._pool.turn()
+        except BaseException:
+            self._release(session)
+            raise
+        return session
 
     def _release(self, session: Session) -> None:
         # Until the end of the call, at least: ``finish``.
@@ -421,10 +442,20 @@ def _failure(error: Exception) -> Delivery:
     return Delivery(state=state, refused=refused, error=error)
 
 
-def _with_refused(
-    outcome: Delivery, refused: Mapping[str, tuple[int, bytes]]
-) -> Delivery:
-    return replace(outcome, refused=outcome.refused | _texts(refused))
+def _put_off(refused: Mapping[str, tuple[int, str]]) -> dict[str, int]:
+    """Return those not refused for good, each with its reply code; 0: no reply."""
+    return {a: code for a, (code, _) in refused.items() if code < 500}
+
+
+def _joined(outcome: Delivery, further: Delivery) -> Delivery:
+    """Return the outcome after a further transaction."""
+    refused = {a: no for a, no in outcome.refused.items() if a not in further.accepted}
+    return replace(
+        outcome,
+        accepted=outcome.accepted + further.accepted,
+        refused=refused | further.refused,
+        reply="; ".join(filter(None, (outcome.reply, further.reply))),
+    )
 
 
 def _texts(

@@ -129,7 +129,7 @@ def content(message: EmailMessage, *, utf8: bool) -> bytes:
 def _refuse_line_breaks(built: Message, message: EmailMessage) -> None:
     """Do so where Django leaves it to a Python that overlooks some of them."""
     extra = message.extra_headers
-    for given in (message.subject, *message.reply_to, *extra, *extra.values()):
+    for given in (message.subject, *(message.reply_to or ()), *extra, *extra.values()):
         # A lazy string runs user code, and has done so: see below.
         if isinstance(given, str) and ("\r" in given or "\n" in given):
             raise ValueError("A header holds a line break.")

@@ -140,6 +140,12 @@ class PoolTimeout(ConnectTimeout):
     )
 
 
+class RateLimited(PoolTimeout):
+    """The rate limit would have let the message go only after the timeout."""
+
+    default_hint = "Raise rate_limit or the timeout, or send fewer messages at once."
+
+
 class Disconnected(SMTPError, smtplib.SMTPServerDisconnected):
     """The server closed the connection, or the connection broke."""
 

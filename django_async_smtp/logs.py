@@ -7,12 +7,17 @@ import binascii
 import logging
 import re
 import sys
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from types import FrameType
 
 logger = logging.getLogger("django_async_smtp")
+
+# Set where the call of a log handler goes on in another thread: the handler's lock is
+# taken, and nothing may be logged until it is free.
+quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 _WORD = r"[^\s<>()\[\],;:\"'@]"
 # Linear, for it meets what servers say: it never goes back, nor starts in a word.
@@ -63,7 +68,7 @@ def log(level: int, message: str, *args: object, **extra: Any) -> None:
         return
     # On one line: a server's words must not look like another record.
     text = "".join(c if c.isprintable() else " " for c in masked(message % args))
-    if _within_a_log_handler():
+    if quiet.get() or is_within_a_log_handler():
         if level >= logging.WARNING and logging.lastResort is not None:
             record = logger.makeRecord(logger.name, level, "", 0, text, (), None)
             logging.lastResort.handle(record)
@@ -71,7 +76,8 @@ def log(level: int, message: str, *args: object, **extra: Any) -> None:
     logger.log(level, "%s", text, extra=extra, stacklevel=2)
 
 
-def _within_a_log_handler() -> bool:
+def is_within_a_log_handler() -> bool:
+    """Whether this call was made, at whatever distance, by a log handler."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code in _HANDLING:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from aiosmtplib import SMTPServerDisconnected
 from asgiref.sync import SyncToAsync, async_to_sync, sync_to_async
 
+from .logs import is_within_a_log_handler, quiet
 from .pool import Counts, Pool
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ class SMTPLoop:
         self, handle: _Handle, work: Work[T], args: tuple[Any, ...]
     ) -> T:
         context = contextvars.copy_context()
+        context.run(quiet.set, quiet.get() or is_within_a_log_handler())
         executor = ThreadPoolExecutor(1, thread_name_prefix="django-async-smtp-caller")
         try:
             return executor.submit(context.run, self._call, handle, work, args).result()
@@ -326,7 +328,12 @@ def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     # aiosmtplib before 5.1.3 leaves the end of a connection that nobody waits for in
     # a future that nobody looks at.
     if not isinstance(context.get("exception"), SMTPServerDisconnected):
-        loop.default_exception_handler(context)
+        # In a thread of its own: a handler's lock may be held by one that waits for
+        # this loop.
+        with suppress(RuntimeError):
+            threading.Thread(
+                target=loop.default_exception_handler, args=(context,), daemon=True
+            ).start()
 
 
 def _is_in_running_loop() -> bool:

@@ -58,7 +58,9 @@ async def asend_mass_mail(
     :returns: how many were sent.
     """
     backend = _backend(using, connection, fail_silently, auth_user, auth_password)
-    return await _send(backend, [EmailMessage(*fields) for fields in datatuple])
+    # In a thread, for it may be a generator that asks the database.
+    messages = await sync_to_async(_emails)(datatuple)
+    return await _send(backend, messages)
 
 
 async def amail_admins(
@@ -91,6 +93,12 @@ async def amail_managers(
     await _mail_staff(
         to, subject, message, html_message, using, connection, fail_silently
     )
+
+
+def _emails(
+    datatuple: Iterable[tuple[str, str, str | None, Sequence[str]]],
+) -> list[EmailMessage]:
+    return [EmailMessage(*fields) for fields in datatuple]
 
 
 async def _mail_staff(

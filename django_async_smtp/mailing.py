@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from .delivery import Delivery, Item
 from .envelope import Envelope, prepare
 from .errors import SMTPError
-from .logs import log, masked
+from .logs import log, masked, quiet
 from .signals import post_send, pre_send
 
 if TYPE_CHECKING:
@@ -81,17 +81,18 @@ class Mailing:
         """Tell everybody what became of a message."""
         item, delivery = done
         self.sent += delivery.state == "sent"
-        if delivery.error is not None:
-            self._failures.append((item.index, item.message, delivery.error))
-            if isinstance(delivery.error, SMTPError) and self._backend.fail_silently:
-                log_failure(delivery.error, delivery)
+        error = delivery.error
+        if error is not None:
+            self._failures.append((item.index, item.message, error))
+            if isinstance(error, SMTPError) and self._backend.fail_silently:
+                log_failure(error, delivery)
         elif delivery.refused:
             log_refused(delivery)
         self._tell(item.message, delivery)
 
     def settle(self, ended_by: SMTPError | None = None) -> Exception | None:
         """
-        Return the first error that must be raised, with all of them; log the others.
+        Return the first error that must be raised, with all of them.
 
         :param ended_by: what ended the call before its last message.
         """
@@ -105,7 +106,8 @@ class Mailing:
             if not self._is_swallowed(error):
                 self._add_failures(error)
                 return error
-        return None
+        # That of the iterator, which the end of the call came before.
+        return self._broken
 
     def not_opened(self, error: SMTPError) -> SMTPError:
         """Report all messages as not sent, and return the error, with them."""
@@ -151,7 +153,8 @@ class Mailing:
         self, signal: Any, message: EmailMessage, delivery: Delivery | None
     ) -> None:
         sender = type(self._backend)
-        if signal.has_listeners(sender):
+        # What a receiver raises is logged, which must wait where it would be for ever.
+        if signal.has_listeners(sender) and not quiet.get():
             alias = self._backend.alias
             signal.send_robust(sender, message=message, delivery=delivery, alias=alias)
 

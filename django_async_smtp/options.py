@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
@@ -123,7 +123,7 @@ def from_settings() -> dict[str, Any]:
         if key in DJANGO_SETTINGS:
             raise OptionError(f"ASYNC_SMTP[{key!r}]: set {DJANGO_SETTINGS[key]}.")
         if key not in EXTRA:
-            problem = f"({_type_name(value)}) is unknown.{_closest(key)}"
+            problem = f"({_type_name(value)}) is unknown.{_closest(key, EXTRA)}"
             raise OptionError(f"ASYNC_SMTP[{key!r}] {problem}")
         _check_type(key, value, None)
     # Django 6.1 warns about these settings where ``settings`` itself is asked. It has
@@ -191,18 +191,35 @@ def route(
     servers = [first]
     for fallback in first["fallbacks"] or ():
         override = {"host": fallback} if isinstance(fallback, str) else dict(fallback)
-        for name in override:
-            if name not in TYPES or name in ROUTE:
-                raise _unusable(alias, "fallbacks", f"has an unknown key {name!r}.")
-        if "port" not in override and {"use_tls", "use_ssl"} & set(override):
-            override["port"] = default_port({**first, **override})
-        servers.append(checked({**first, **override}, alias))
+        servers.append(checked(first | _checked_fallback(override, alias), alias))
     return Route(
         servers=tuple(
             _one_server(server, local_hostname, context_for) for server in servers
         ),
         **{name: first[name] for name in ("retries", "retry_deadline") if first[name]},
     )
+
+
+def _checked_fallback(override: dict[str, Any], alias: str | None) -> dict[str, Any]:
+    """Return what a fallback has instead of the first server's options."""
+    for name, value in override.items():
+        if name not in TYPES or name in ROUTE:
+            near = _closest(name, [known for known in TYPES if known not in ROUTE])
+            problem = f"has the unknown key {name!r} ({_type_name(value)}).{near}"
+            raise _unusable(alias, "fallbacks", problem)
+        expected, fits = TYPES[name]
+        if value is not None and not fits(value):
+            problem = (
+                f"has {name!r}, which must be {expected}, not {_type_name(value)}."
+            )
+            raise _unusable(alias, "fallbacks", problem)
+    found = {name: value for name, value in override.items() if value is not None}
+    if found.get("use_tls") or found.get("use_ssl"):
+        # One kind of TLS replaces the other.
+        found = {"use_tls": False, "use_ssl": False} | found
+    if "port" not in found and "use_tls" in found and "use_ssl" in found:
+        found["port"] = default_port(found)
+    return found
 
 
 def default_port(values: Mapping[str, Any]) -> int:
@@ -252,9 +269,9 @@ def _type_name(value: object) -> str:
     return f"{module}{kind.__qualname__}"
 
 
-def _closest(key: object) -> str:
-    near = difflib.get_close_matches(str(key).lower(), EXTRA, n=1)
-    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(EXTRA)}."
+def _closest(key: object, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(key).lower(), known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
 
 
 def _is_text(value: object) -> bool:

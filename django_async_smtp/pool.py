@@ -12,10 +12,17 @@ import contextvars
 from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass, field
-from random import Random
+from random import SystemRandom
 from typing import TYPE_CHECKING, Final, Literal
 
-from .errors import ConnectError, Disconnected, PoolTimeout, ResponseError, SMTPError
+from .errors import (
+    ConnectError,
+    Disconnected,
+    PoolTimeout,
+    RateLimited,
+    ResponseError,
+    SMTPError,
+)
 from .session import Session
 
 if TYPE_CHECKING:
@@ -29,8 +36,8 @@ LIMIT_MEMORY: Final = 60.0
 # end at once.
 AGE_JITTER: Final = 0.1
 
-# Not the one that a project may seed.
-_random = Random()  # noqa: S311
+# Neither the one that a project may seed, nor the same in every forked worker.
+_random = SystemRandom()
 
 Reason = Literal["idle", "age", "messages", "ended by server", "unclean", "asked"]
 
@@ -68,6 +75,9 @@ class Pool:
         self._allowed = options.max_connections
         self._allowed_until = 0.0
         self._down_until = 0.0
+        # Who waits for the rate limit, in order.
+        self._turns = asyncio.Lock()
+        self._in_turn = 0
         self._next_turn = 0.0
 
     def __repr__(self) -> str:
@@ -108,16 +118,21 @@ class Pool:
         """
         Wait until the rate limit allows one more message.
 
-        :raises PoolTimeout: that would take longer than the options' timeout.
+        :raises RateLimited: that would take longer than the options' timeout.
         """
-        if self.options.rate_limit is None:
+        rate = self.options.rate_limit
+        if rate is None:
             return
-        now = self._loop.time()
-        turn = max(now, self._next_turn)
-        if turn - now > self.options.timeout:
-            raise self._timeout(f"rate_limit lets {self.options.rate_limit:g} a second")
-        self._next_turn = turn + 1 / self.options.rate_limit
-        await asyncio.sleep(turn - now)
+        wait = self._next_turn - self._loop.time() + self._in_turn / rate
+        if wait > self.options.timeout:
+            raise self._timeout(RateLimited, f"rate_limit lets {rate:g} a second")
+        self._in_turn += 1
+        try:
+            async with self._turns:
+                await asyncio.sleep(self._next_turn - self._loop.time())
+                self._next_turn = self._loop.time() + 1 / rate
+        finally:
+            self._in_turn -= 1
 
     async def acquire(self, *, fresh: bool = False) -> Session:
         """
@@ -137,7 +152,9 @@ class Pool:
                 session = await self._connect()
                 if session is not None:
                     return session
-                # Another may have come free meanwhile.
+                # Another may have come free meanwhile; if not, the place in the
+                # queue is kept.
+                is_waiting = True
                 continue
             if session is None:
                 session = await self._wait(deadline, in_front=is_waiting)
@@ -185,7 +202,7 @@ class Pool:
             reason = self._why_not_keep(session)
             if reason is None:
                 self._in_use.add(session)
-                self.counts.reused += 1
+                self.counts.reused += session.sent > 0
                 return session
             self._end(session, reason)
         return None
@@ -275,7 +292,9 @@ class Pool:
         except BaseException as error:
             self._give_up(waiter)
             if isinstance(error, TimeoutError):
-                raise self._timeout(f"all {self._taken()} are in use") from None
+                raise self._timeout(
+                    PoolTimeout, f"all {self._taken()} are in use"
+                ) from None
             raise
         if session is None:
             self._connecting -= 1
@@ -348,9 +367,9 @@ class Pool:
     def _taken(self) -> int:
         return len(self._in_use) + self._connecting + len(self._closing)
 
-    def _timeout(self, why: str) -> PoolTimeout:
+    def _timeout(self, kind: type[PoolTimeout], why: str) -> PoolTimeout:
         server, timeout = self.options.server, self.options.timeout
-        return PoolTimeout(
+        return kind(
             f"no connection to {server} came free within {timeout:g} s: {why}",
             stage="connect",
             server=server,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import ssl
 import threading
 from pathlib import Path
 from typing import NamedTuple
+
+from .logs import log
 
 
 class _Files(NamedTuple):
@@ -33,14 +36,21 @@ def client_context(
     :param certfile: the client's certificate chain, in PEM.
     :param keyfile: its key, where it is not in ``certfile``.
     :param cafile: the issuers to trust, in PEM, instead of the system's.
-    :raises OSError: a file cannot be read (``ssl.SSLError``: or used).
+    :raises OSError: a file cannot be read (``ssl.SSLError``: or used), and could not
+        before.
     """
     files = _Files(certfile or None, keyfile or None, cafile or None)
     with _lock:
-        version = _version(files)
         known = _contexts.get(files)
-        if known is None or known[0] != version:
-            known = _contexts[files] = version, _build(files)
+        try:
+            version = _version(files)
+            if known is None or known[0] != version:
+                known = _contexts[files] = version, _build(files)
+        except OSError as error:
+            if known is None:
+                raise
+            # Half renewed: a certificate and its key are not replaced as one.
+            log(logging.WARNING, "TLS goes on with files read before: %s", error)
         return known[1]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from base64 import b64encode
@@ -387,3 +388,20 @@ async def test_no_repr_shows_the_password(make_backend: MakeBackend) -> None:
                 assert USERNAME not in repr(item)
         finally:
             await session.quit()
+
+
+@pytest.mark.filterwarnings("ignore:Sending mail synchronously")
+@pytest.mark.timeout(20)
+@pytest.mark.usefixtures("mails_errors")
+def test_an_error_that_is_logged_and_mailed_in_a_coroutine_does_not_hang(
+    make_backend: MakeBackend, settings: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def view() -> None:
+        logging.getLogger("app").error("boom")
+
+    with ScriptedServer(scripts=({"rcpt": b"550 no\r\n"},)) as server:
+        make_backend(server)
+        fail_silently(settings)
+        asyncio.run(view())
+        assert len(server.commands(b"MAIL")) == 1
+    assert "refused by" in capsys.readouterr().err

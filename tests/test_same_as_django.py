@@ -265,8 +265,14 @@ class Outcome:
 
     @property
     def logged(self) -> list[logging.LogRecord]:
-        """The records above DEBUG."""
-        return [record for record in self.records if record.levelno > logging.DEBUG]
+        """The package's records above DEBUG."""
+        return [
+            record
+            for record in self.records
+            if record.levelno > logging.DEBUG
+            # In dev mode, asyncio warns of a machine that is slow.
+            and record.name != "asyncio"
+        ]
 
 
 class Run(Protocol):

@@ -50,7 +50,7 @@ def test_they_count_connections_and_messages(
         "idle": 1,
         "waiting": 0,
         "opened": 1,
-        "reused": 5,
+        "reused": 4,
         "closed": {},
         "messages": 5,
         "errors": 0,

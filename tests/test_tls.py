@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import smtplib
 import ssl
@@ -27,6 +28,7 @@ from .servers import (
     MailServer,
     Script,
     ScriptedServer,
+    wait_until,
 )
 
 FILES = ("certfile", "keyfile", "cafile")
@@ -337,8 +339,34 @@ def test_a_subclass_may_bring_its_own_context(
             backend = default_backend()
             assert backend.send_messages([message()]) == 1
             assert backend.ssl_context is context
-        assert server.connections == 1
+        # A context that each instance keeps for itself is not known to be shared.
+        assert server.connections == (1 if cls is WithProperty else 2)
     assert all(received.tls for received in server.received)
+
+
+class WithOwnContext(Backend):
+    cafile: ClassVar[str]
+
+    @cached_property
+    def ssl_context(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=self.cafile)
+
+
+def test_connections_with_a_context_of_one_instance_end_with_it(
+    server_tls: ssl.SSLContext,
+    cafile: Path,
+    settings: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(WithOwnContext, "cafile", str(cafile), raising=False)
+    with scripted(server_tls, "use_tls") as server:
+        options = {"host": server.host, "port": server.port, "use_tls": True}
+        configure(settings, f"{__name__}.WithOwnContext", **options)
+        for _ in range(3):
+            assert default_backend().send_messages([message()]) == 1
+        gc.collect()
+        wait_until(lambda: server.open_connections == 0)
+        assert server.connections == 3
 
 
 @pytest.mark.parametrize("fail_silently", [False, True])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import pytest
 from django.core.mail import EmailMessage
 from hypothesis import HealthCheck, given, settings, strategies
 
