@@ -170,7 +170,15 @@ class _Dialogue:
                     await self.answer(verb.lower(), b"250 ok\r\n")
 
     async def message(self) -> None:
-        content = await self.reader.readuntil(b"\r\n.\r\n")
+        lines: list[bytes] = []
+        while (line := await self.reader.readline()) != b".\r\n":
+            if not line:
+                raise EOFError
+            lines.append(line)
+        if not lines:
+            await self.do(None, b"554 5.5.1 no valid recipients\r\n")
+            return
+        content = b"".join(lines)
         fault = self.server.fault("body")
         if fault is None or fault in _KEEPS_MESSAGE:
             header = content.partition(b"\r\n\r\n")[0].decode()
