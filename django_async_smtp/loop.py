@@ -81,7 +81,11 @@ class SMTPLoop:
         self.loop.set_exception_handler(_report)
         started = threading.Event()
         self.loop.call_soon(started.set)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError:
+            self.loop.close()
+            raise
         if not started.wait(START_TIMEOUT):
             self.loop.close()
             raise RuntimeError(
