@@ -135,6 +135,8 @@ class _Work:
         self._broken_source: Exception | None = None
         self._workers: set[asyncio.Task[None]] = set()
         self._at_work = 0
+        # User code is not entered again while it waits for a send of its own.
+        self._callers_turn = asyncio.Lock()
         # Helpers that wait for a session, and hold no message.
         self._idle_helpers: set[asyncio.Task[None]] = set()
 
@@ -164,7 +166,8 @@ class _Work:
         self._at_work += 1
         try:
             while not self._is_over:
-                item = await self.in_caller(self.source.take, done)
+                async with self._callers_turn:
+                    item = await self.in_caller(self.source.take, done)
                 done = None
                 if item is None:
                     break
@@ -180,7 +183,8 @@ class _Work:
                     self._at_work -= 1
                     break
             if done is not None:
-                await self.in_caller(self.source.finish, done)
+                async with self._callers_turn:
+                    await self.in_caller(self.source.finish, done)
                 done = None
         except Exception as broken:
             self._broken_source = self._broken_source or broken
