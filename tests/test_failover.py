@@ -294,3 +294,28 @@ class TestOptions:
     ) -> None:
         with pytest.raises(ImproperlyConfigured):
             make_backend(host="127.0.0.1", fallbacks=fallbacks)
+
+
+@pytest.mark.parametrize(
+    ("fallback", "said"),
+    [
+        ({"host": "b", "use_tls": "False"}, "has 'use_tls', which must be True or"),
+        ({"hots": "b"}, "Did you mean 'host'?"),
+    ],
+)
+def test_a_fallback_that_cannot_be_used_is_named(
+    make_backend: MakeBackend, fallback: dict[str, str], said: str
+) -> None:
+    backend = make_backend(host="127.0.0.1", port=free_port(), fallbacks=[fallback])
+    with pytest.raises(ImproperlyConfigured) as caught:
+        backend.open()
+    assert "fallbacks" in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_a_rate_limit_slows_a_batch_and_does_not_end_it(
+    make_backend: MakeBackend,
+) -> None:
+    with ScriptedServer() as server:
+        backend = make_backend(server, rate_limit=6, timeout=1)
+        assert backend.send_messages(emails(14)) == 14

@@ -437,3 +437,10 @@ def test_plaintext_behind_the_starttls_reply_gets_no_password(
     with pytest.raises(errors.NotSupported, match="AUTH is not offered"):
         backend.send_messages([message()])
     assert injecting.commands(b"AUTH") == []
+
+
+def test_what_is_half_renewed_leaves_the_context_as_it_was(files: Files) -> None:
+    options = {"certfile": str(files.certfile), "keyfile": str(files.keyfile)}
+    context = client_context(**options)
+    files.keyfile.write_text("half a key")
+    assert client_context(**options) is context
