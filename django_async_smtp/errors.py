@@ -53,8 +53,6 @@ class SMTPError(smtplib.SMTPException):
     :ivar sent: how many messages that call had sent.
     """
 
-    default_hint = ""
-
     def __init__(
         self,
         message: str,
@@ -63,7 +61,6 @@ class SMTPError(smtplib.SMTPException):
         server: str,
         temporary: bool = False,
         maybe_delivered: bool = False,
-        hint: str = "",
     ) -> None:
         # ``args`` are smtplib's: code that unpacks them finds what it expects.
         self.args = smtplib_args or (message,)
@@ -72,11 +69,14 @@ class SMTPError(smtplib.SMTPException):
         self.server = server
         self.temporary = temporary and not maybe_delivered
         self.maybe_delivered = maybe_delivered
-        self.hint = hint or self.default_hint
+        self.hint = ""
         self.failures: list[tuple[Any, Exception]] = []
         self.sent = 0
-        if self.hint:
-            self.add_note(self.hint)
+
+    def add_hint(self, hint: str) -> None:
+        """Say what to do about it, also below a traceback."""
+        self.hint = hint
+        self.add_note(hint)
 
     def __str__(self) -> str:
         return self.message
@@ -99,57 +99,33 @@ def _restore(
 class ConnectError(SMTPError):
     """No connection: the host or the network cannot be reached."""
 
-    default_hint = "Check the host and the port, and whether a firewall blocks them."
-
 
 class ConnectionRefused(ConnectError, ConnectionRefusedError):
     """The host answered that nothing listens on this port."""
-
-    default_hint = "Check the host and the port: no server listens there."
 
 
 class ConnectionForbidden(ConnectError, PermissionError):
     """This machine does not let the process connect."""
 
-    default_hint = (
-        "A firewall on this machine, or SELinux, forbids it. For SELinux: "
-        "setsebool -P httpd_can_network_connect on."
-    )
-
 
 class UnknownHost(ConnectError, socket.gaierror):
     """The host name does not resolve to an address."""
-
-    default_hint = "Check the spelling of the host, and the machine's DNS."
 
 
 class ConnectTimeout(ConnectError, TimeoutError):
     """Nothing answered within the timeout."""
 
-    default_hint = (
-        "A firewall may drop the packets: many networks block the ports 25, 465 "
-        "and 587. Ask the provider for another port, such as 2525."
-    )
-
 
 class PoolTimeout(ConnectTimeout):
     """All connections to the server stayed in use for the whole timeout."""
-
-    default_hint = (
-        "More messages are sent at once than the connections to this server can take."
-    )
 
 
 class RateLimited(PoolTimeout):
     """The rate limit would have let the message go only after the timeout."""
 
-    default_hint = "Raise rate_limit or the timeout, or send fewer messages at once."
-
 
 class Disconnected(SMTPError, smtplib.SMTPServerDisconnected):
     """The server closed the connection, or the connection broke."""
-
-    default_hint = "The server's log tells why it closed the connection."
 
 
 class ConnectionReset(Disconnected, ConnectionResetError):
@@ -159,11 +135,6 @@ class ConnectionReset(Disconnected, ConnectionResetError):
 class ReplyTimeout(Disconnected, TimeoutError):
     """The server was silent, or took no more data, for the whole timeout."""
 
-    default_hint = (
-        "The server is overloaded, or this port speaks TLS from the start "
-        "(port 465): then set use_ssl instead of use_tls."
-    )
-
 
 class TLSError(SMTPError, ssl.SSLError):
     """The TLS handshake failed."""
@@ -172,19 +143,9 @@ class TLSError(SMTPError, ssl.SSLError):
     library = ""
     reason = ""
 
-    default_hint = (
-        "Check the port and the kind of TLS: use_ssl for port 465, use_tls "
-        "(STARTTLS) for the ports 587 and 25."
-    )
-
 
 class CertificateError(TLSError, ssl.SSLCertVerificationError):
     """The server's certificate is not valid for this host, now, or at all."""
-
-    default_hint = (
-        "The host must be a name in the server's certificate, and its issuer must "
-        "be known: name a private issuer with ssl_cafile."
-    )
 
 
 class TLSDisconnected(
@@ -231,28 +192,17 @@ class GreetingRefused(ResponseError, smtplib.SMTPConnectError):
 class HeloRefused(ResponseError, smtplib.SMTPHeloError):
     """The server refused EHLO and HELO."""
 
-    default_hint = "Set local_hostname to this machine's full host name."
-
 
 class AuthenticationRefused(ResponseError, smtplib.SMTPAuthenticationError):
     """The server refused the login."""
-
-    default_hint = (
-        "Check the user name and the password. Many providers want a password "
-        "made for this application, or an API key, instead of the account's own."
-    )
 
 
 class HeloClosed(HeloRefused, Disconnected):
     """The server ended the session (421) in answer to EHLO."""
 
-    default_hint = "The server is busy, or limits this client: try again later."
-
 
 class AuthenticationClosed(AuthenticationRefused, Disconnected):
     """The server ended the session (421) in answer to a login."""
-
-    default_hint = "The server is busy, or limits this client: try again later."
 
 
 class SenderRefused(ResponseError, smtplib.SMTPSenderRefused):
@@ -261,11 +211,6 @@ class SenderRefused(ResponseError, smtplib.SMTPSenderRefused):
 
     :ivar sender: the address.
     """
-
-    default_hint = (
-        "Check from_email, or DEFAULT_FROM_EMAIL: the server must be willing to "
-        "send for this address, often only after a login."
-    )
 
     def __init__(
         self, message: str, code: int, text: bytes, sender: str, **details: Any
@@ -442,16 +387,18 @@ def _from_reply(
     if cls is ResponseError:
         cls = REPLY_AT_STAGE.get(stage, ResponseError)
     code, text = error.code, error.message
+    line = text.removeprefix(MALFORMED).strip(" \t\r\n")
     if code == -1 and text.startswith(MALFORMED):
         # As smtplib has it: the line without the place of the reply code.
-        text = text.removeprefix(MALFORMED)[4:].strip(" \t\r\n")
+        text = line[4:].strip(" \t\r\n")
     elif text == TOO_LONG:
         code, text = 500, "Line too long."
     if code == 421 or (stage == "ehlo" and code == -1 and not text):
         cls = CLOSED_BY_REPLY.get(cls, cls)
     more = (error.sender,) if isinstance(error, aiosmtplib.SMTPSenderRefused) else ()
     raw = _as_bytes(text)
-    message = f"{ACTION[stage]} refused by {details['server']}: {_reply(code, raw)}"
+    words = _reply(code, raw if code != -1 else _as_bytes(line))
+    message = f"{ACTION[stage]} refused by {details['server']}: {words}"
     return cls(message, code, raw, *more, **details, maybe_delivered=maybe_delivered)
 
 

@@ -59,6 +59,7 @@ class Options:
     :ivar ping_after: seconds idle after which a NOOP comes before use.
     :ivar rate_limit: messages a second; None for no limit.
     :ivar pipelining: whether to send commands together where the server offers it.
+    :ivar in_mailers: whether the options come from MAILERS.
     """
 
     host: str
@@ -78,6 +79,7 @@ class Options:
     ping_after: float = 5.0
     rate_limit: float | None = None
     pipelining: bool = True
+    in_mailers: bool = field(default=False, compare=False, repr=False)
 
     @property
     def server(self) -> str:
@@ -88,6 +90,12 @@ class Options:
     def uses_login(self) -> bool:
         """As in Django, a login needs both the user name and the password."""
         return bool(self.username and self.password)
+
+    def setting(self, name: str) -> str:
+        """Return where a project sets an option, such as ``EMAIL_HOST``."""
+        if self.in_mailers:
+            return f'OPTIONS["{name}"]'
+        return DJANGO_SETTINGS.get(name, f'ASYNC_SMTP["{name}"]')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +202,12 @@ def route(
         servers.append(checked(first | _checked_fallback(override, alias), alias))
     return Route(
         servers=tuple(
-            _one_server(server, local_hostname, context_for) for server in servers
+            _one_server(
+                server | {"in_mailers": alias is not None or uses_mailers()},
+                local_hostname,
+                context_for,
+            )
+            for server in servers
         ),
         **{name: first[name] for name in ("retries", "retry_deadline") if first[name]},
     )

@@ -24,6 +24,11 @@ MAX_REPLY_LENGTH: Final = 4 * MAX_LINE_LENGTH
 _CONTROL_CHARACTER = re.compile(rb"[\x00-\x1f\x7f]")
 
 
+# Called with each line of a dialogue, without credentials: "C" or "S", for client and
+# server, and the line.
+Transcript = Callable[[str, str], None]
+
+
 class Reply(NamedTuple):
     """
     A server's reply (RFC 5321 section 4.2).
@@ -47,13 +52,18 @@ class Dialogue(asyncio.Protocol):
     :param transport: an open connection without a reply due.
     :param on_end: called once, when the connection has ended, or when the server
         spoke unasked, as it does before it ends it.
+    :param transcript: told of all but the message.
     """
 
     def __init__(
-        self, transport: asyncio.Transport, on_end: Callable[[], None]
+        self,
+        transport: asyncio.Transport,
+        on_end: Callable[[], None],
+        transcript: Transcript | None = None,
     ) -> None:
         self._transport = transport
         self._on_end: Callable[[], None] | None = on_end
+        self._transcript = transcript
         self._buffer = bytearray()
         self._lines: list[bytes] = []
         self._reply_length = 0
@@ -105,6 +115,8 @@ class Dialogue(asyncio.Protocol):
         """
         if any(_CONTROL_CHARACTER.search(line) for line in lines):
             raise ValueError("An SMTP command must not hold control characters.")
+        for line in lines:
+            self._note("C", line)
         group = b"".join(line + b"\r\n" for line in lines)
         # Replies come while a large group is written, and are read all the time: a
         # server that stops reading until then (RFC 2920 section 3.1) goes on.
@@ -158,6 +170,7 @@ class Dialogue(asyncio.Protocol):
         """
         self._due += 1
         self.is_message_written = False
+        self._note("C", b"(the message: %d bytes)" % len(content))
         stuffed = content.replace(b"\r\n.", b"\r\n..")
         if stuffed.startswith(b"."):
             stuffed = b"." + stuffed
@@ -192,6 +205,10 @@ class Dialogue(asyncio.Protocol):
         """End the connection at once, without a word."""
         self._in_step = False
         self._transport.abort()
+
+    def _note(self, side: str, line: bytes) -> None:
+        if self._transcript is not None:
+            self._transcript(side, line.decode("utf-8", "replace").rstrip("\r"))
 
     def _write(self, data: bytes | memoryview) -> None:
         if self._lost is not None or self._transport.is_closing():
@@ -260,6 +277,7 @@ class Dialogue(asyncio.Protocol):
         self._wake_reader()
 
     def _line_received(self, line: bytes) -> None:
+        self._note("S", line)
         self._lines.append(line[4:].strip(b" \t\r"))
         self._reply_length += len(line)
         if len(line) < 3 or not line[:3].isdigit():

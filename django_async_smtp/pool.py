@@ -23,6 +23,7 @@ from .errors import (
     ResponseError,
     SMTPError,
 )
+from .hints import explained
 from .session import Session
 
 if TYPE_CHECKING:
@@ -369,12 +370,14 @@ class Pool:
 
     def _timeout(self, kind: type[PoolTimeout], why: str) -> PoolTimeout:
         server, timeout = self.options.server, self.options.timeout
-        return kind(
+        error = kind(
             f"no connection to {server} came free within {timeout:g} s: {why}",
             stage="connect",
             server=server,
             temporary=True,
         )
+        explained(error, self.options)
+        return error
 
 
 def _abort_unclaimed(opening: asyncio.Task[Session]) -> None:

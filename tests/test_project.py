@@ -26,12 +26,14 @@ ORDER = [
     "loop",
     "pool",
     "session",
+    "opening",
     "pipelining",
     "envelope",
     "tls",
     "options",
     "signals",
     "logs",
+    "hints",
     "errors",
 ]
 
@@ -67,7 +69,18 @@ def test_imports_run_one_way(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["errors", "logs", "tls", "pipelining", "session", "pool", "loop"]
+    "module",
+    [
+        "errors",
+        "logs",
+        "tls",
+        "pipelining",
+        "hints",
+        "opening",
+        "session",
+        "pool",
+        "loop",
+    ],
 )
 def test_what_speaks_smtp_imports_no_django(module: str) -> None:
     assert "django" not in imports(PACKAGE / f"{module}.py", level=0)

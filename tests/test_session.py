@@ -17,8 +17,9 @@ import trustme
 from django_async_smtp import errors
 from django_async_smtp.envelope import Envelope
 from django_async_smtp.errors import SMTPError, Stage
+from django_async_smtp.opening import ATTEMPT_DELAY
 from django_async_smtp.options import Options
-from django_async_smtp.session import ATTEMPT_DELAY, QUIT_TIMEOUT, Session
+from django_async_smtp.session import QUIT_TIMEOUT, Session
 
 from .conftest import options_for
 from .servers import (
@@ -329,7 +330,7 @@ async def test_a_login_that_is_not_offered_after_tls_does_not_blame_it(
 ) -> None:
     with ScriptedServer(tls=server_tls) as server:
         options = options_for(server, use_tls=True, ssl_context=client_tls, **LOGIN)
-        with pytest.raises(errors.NotSupported, match=r"AUTH is not offered$"):
+        with pytest.raises(errors.NotSupported, match=r"AUTH is not offered\n"):
             await Session.open(options)
 
 
