@@ -122,7 +122,7 @@ class Backend(BaseEmailBackend):
         if self.connection is not None:
             return False
         self._not_opened = None
-        route = self._route()
+        route = self.route()
         try:
             smtp_loop().call(_warm, route)
         except SMTPError as error:
@@ -139,7 +139,7 @@ class Backend(BaseEmailBackend):
         if self.connection is not None:
             return False
         self._not_opened = None
-        route = await sync_to_async(self._route)()
+        route = await sync_to_async(self.route)()
         try:
             await smtp_loop().acall(_warm, route)
         except SMTPError as error:
@@ -204,7 +204,7 @@ class Backend(BaseEmailBackend):
         if opened is None:
             return self._opened_silently(mailing)
         try:
-            route = self.connection or self._route()
+            route = self.connection or self.route()
             ended_by = smtp_loop().call(_deliver, mailing, route)
         except BaseException:
             mailing.log_failures()
@@ -235,7 +235,7 @@ class Backend(BaseEmailBackend):
         if opened is None:
             return await sync_to_async(self._opened_silently)(mailing)
         try:
-            route = self.connection or await sync_to_async(self._route)()
+            route = self.connection or await sync_to_async(self.route)()
             ended_by = await smtp_loop().acall(_deliver, mailing, route)
         except BaseException:
             await sync_to_async(mailing.log_failures)()
@@ -264,9 +264,12 @@ class Backend(BaseEmailBackend):
         opts.checked(values, self.alias)
         return values
 
-    def _route(self) -> opts.Route:
+    def route(self) -> opts.Route:
         """
-        Return what the attributes say now. Reads files; in the caller's thread.
+        Return the servers that the attributes name now, with their options.
+
+        :raises ImproperlyConfigured: an option cannot be used.
+        :raises OSError: nor can a TLS file.
         """
         return opts.route(
             {name: getattr(self, name) for name in opts.TYPES},

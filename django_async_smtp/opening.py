@@ -7,6 +7,7 @@ Sending takes all steps at once (``Opening.run``), a diagnosis one after the oth
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -363,6 +364,12 @@ async def connect_to(
         if source_address is not None:
             sock.bind(source_address)
         await asyncio.get_running_loop().sock_connect(sock, target)
+    except OSError as error:
+        sock.close()
+        if error.errno is not None:
+            # asyncio's words leave out what happened.
+            error.strerror = os.strerror(error.errno)
+        raise
     except BaseException:
         sock.close()
         raise

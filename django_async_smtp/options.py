@@ -92,10 +92,8 @@ class Options:
         return bool(self.username and self.password)
 
     def setting(self, name: str) -> str:
-        """Return where a project sets an option, such as ``EMAIL_HOST``."""
-        if self.in_mailers:
-            return f'OPTIONS["{name}"]'
-        return DJANGO_SETTINGS.get(name, f'ASYNC_SMTP["{name}"]')
+        """Return where the project sets an option, such as ``EMAIL_HOST``."""
+        return setting(name, in_mailers=self.in_mailers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +109,13 @@ class Route:
     servers: tuple[Options, ...]
     retries: int = 0
     retry_deadline: float = 30.0
+
+
+def setting(name: str, *, in_mailers: bool) -> str:
+    """Return where a project sets an option."""
+    if in_mailers:
+        return f'OPTIONS["{name}"]'
+    return DJANGO_SETTINGS.get(name, f'ASYNC_SMTP["{name}"]')
 
 
 def uses_mailers() -> bool:

@@ -266,7 +266,7 @@ class TestOptions:
                 {"host": "fourth.example", "use_ssl": True},
             ),
         )
-        servers = backend._route().servers
+        servers = backend.route().servers
         assert [(s.server, s.username, s.use_ssl) for s in servers] == [
             ("first.example:2525", "alice", False),
             ("second.example:2525", "alice", False),

@@ -1,0 +1,445 @@
+"""The stages, one after the other, over the steps that sending takes."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+
+from .. import errors
+from ..hints import HINTS
+from ..opening import Address, Opening, resolve, translated
+from ..session import Session
+from . import probes
+from .findings import Finding, Obstacle, StageReport, State, advised, failed
+
+if TYPE_CHECKING:
+    from ..envelope import Envelope
+    from ..options import Options
+
+StageName = Literal[
+    "dns",
+    "connect",
+    "greeting",
+    "ehlo",
+    "tls",
+    "auth",
+    "sender",
+    "recipient",
+    "message",
+    "connections",
+]
+STAGES: Final[tuple[StageName, ...]] = get_args(StageName)
+
+# What may fail while mail can be sent all the same.
+SIDE_STAGES: Final = {"recipient", "connections"}
+
+# How much of the whole time one wait for the server may take.
+SHARE_OF_A_WAIT: Final = 1 / 3
+
+# In the order in which they are told.
+EXTENSIONS: Final = ("pipelining", "8bitmime", "smtputf8", "chunking", "starttls")
+
+_CONTAINER_ID: Final = re.compile(r"[0-9a-f]{12}")
+
+
+async def diagnose(
+    options: Options,
+    *,
+    until: StageName | None = None,
+    senders: Mapping[str, str] | None = None,
+    recipient: str | None = None,
+    message: Envelope | None = None,
+    connections: int = 0,
+    timeout: float = 30.0,
+    cert_days: int = 21,
+    family: socket.AddressFamily = socket.AF_UNSPEC,
+) -> AsyncGenerator[StageReport, None]:
+    """
+    Walk the way of a message to a server; yield what each stage found, as it ends.
+
+    Sends no message but ``message``, and no credentials without TLS. A failure is not
+    raised: the stages behind it are yielded as skipped.
+
+    :param until: the last stage.
+    :param senders: addresses for MAIL FROM: ``{name of the setting: address}``.
+    :param recipient: an address for RCPT TO, followed by RSET.
+    :param message: a message that is really sent.
+    :param connections: how many connections to open at once.
+    :param timeout: seconds for all of it.
+    :param cert_days: a certificate that expires within so many days is a warning.
+    :param family: use only addresses of this family.
+    """
+    request = _Request(
+        senders=dict(senders or {}),
+        recipient=recipient,
+        message=message,
+        connections=connections,
+        cert_days=cert_days,
+        family=family,
+    )
+    async with aclosing(_Diagnosis(options, request, timeout)) as diagnosis:
+        for stage in diagnosis.plan():
+            yield await diagnosis.report(stage)
+            if stage == until:
+                break
+
+
+@dataclass(frozen=True)
+class _Request:
+    """See ``diagnose``."""
+
+    senders: dict[str, str]
+    recipient: str | None
+    message: Envelope | None
+    connections: int
+    cert_days: int
+    family: socket.AddressFamily
+
+
+class _Diagnosis:
+    """One server's; a stage is the method that has its name."""
+
+    def __init__(self, options: Options, request: _Request, timeout: float) -> None:
+        one_wait = min(options.timeout, timeout * SHARE_OF_A_WAIT)
+        self._options = replace(options, timeout=one_wait)
+        self._request = request
+        self._timeout = timeout
+        self._deadline = asyncio.get_running_loop().time() + timeout
+        self._lines: list[str] = []
+        self._opening = Opening(self._options, self._note)
+        self._reading_greeting: asyncio.Task[Any] | None = None
+        self._session: Session | None = None
+        self._addresses: list[Address] = []
+        # Why the later stages are out of reach.
+        self._obstacle = ""
+
+    def plan(self) -> list[StageName]:
+        """Return the stages, in the order in which the settings have them."""
+        stages = [s for s in STAGES if s != "connections" or self._request.connections]
+        if self._options.use_ssl:
+            stages.remove("tls")
+            stages.insert(stages.index("greeting"), "tls")
+        return stages
+
+    async def report(self, stage: StageName) -> StageReport:
+        """Run a stage, within the time that is left."""
+        # Connections of their own need no transaction to have worked.
+        is_apart = stage == "connections" and self._session is not None
+        if self._obstacle and not is_apart:
+            return StageReport(stage, (Finding(self._obstacle, "skipped"),))
+        run: Callable[[], Awaitable[list[Finding]]] = getattr(self, stage)
+        start = time.monotonic()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                findings = await run()
+        except errors.SMTPError as error:
+            findings = [failed(error, self._options)]
+        except Obstacle as obstacle:
+            findings = obstacle.findings
+        except TimeoutError:
+            text = f"not finished within the check's {self._timeout:g} s"
+            findings = [self._advised(text, "failed", "check-timeout")]
+        seconds = time.monotonic() - start
+        report = StageReport(stage, tuple(findings), seconds, tuple(self._lines))
+        self._lines.clear()
+        if report.state == "failed":
+            self._obstacle = f"not reached: {stage} failed"
+        return report
+
+    async def aclose(self) -> None:
+        """Say QUIT where a server listens, and close."""
+        client = self._opening.client
+        if self._reading_greeting is not None:
+            self._reading_greeting.cancel()
+            await asyncio.wait({self._reading_greeting})
+        if self._session is None and client.is_connected:
+            self._session = Session(self._options, client)
+        if self._session is not None:
+            await self._session.quit()
+        self._opening.abort()
+
+    async def dns(self) -> list[Finding]:
+        options, family = self._options, self._request.family
+        with translated("connect", options):
+            try:
+                async with asyncio.timeout(options.timeout):
+                    found = await resolve(options)
+            except TimeoutError:
+                slow = f"no answer within {options.timeout:g} s"
+                raise socket.gaierror(socket.EAI_AGAIN, slow) from None
+        addresses = dict.fromkeys(found)
+        self._addresses = [
+            address for address in addresses if family in (socket.AF_UNSPEC, address[0])
+        ]
+        if not self._addresses:
+            text = f"{options.host} has no {_family_name(family)} address"
+            raise Obstacle(self._advised(text, "failed", "no-address-of-family"))
+        return [Finding(", ".join(_ip(address) for address in self._addresses))]
+
+    async def connect(self) -> list[Finding]:
+        attempts = await probes.connect_to_each(self._addresses, self._options)
+        first = next((attempt for attempt in attempts if attempt.is_connected), None)
+        for attempt in attempts:
+            if attempt is not first:
+                attempt.close()
+        outcome = (first or attempts[-1]).outcome
+        if isinstance(outcome, OSError):
+            with translated("connect", self._options):
+                raise outcome
+        self._opening.take(outcome)
+        self._addresses = [a.address for a in attempts if a is first]
+        return [self._of_attempt(attempt) for attempt in attempts]
+
+    def _of_attempt(self, attempt: probes.Attempt) -> Finding:
+        where = f"{_ip(attempt.address)} ({_family_name(attempt.address[0])})"
+        if not isinstance(attempt.outcome, OSError):
+            return Finding(f"{where} in {attempt.seconds * 1000:.0f} ms")
+        text = f"{where}: {attempt.outcome.strerror or attempt.outcome}"
+        return self._advised(text, "warning", "address-unreachable")
+
+    async def greeting(self) -> list[Finding]:
+        try:
+            reply = await self._read_greeting()
+        except errors.Disconnected as error:
+            # Silence: it may wait for something else than SMTP.
+            raise await self._what_listens(error) from error
+        return [Finding(f"{reply.code} {reply.message}")]
+
+    def _read_greeting(self) -> asyncio.Task[Any]:
+        """Return the task that does; with ``use_ssl`` after the TLS handshake."""
+        if self._reading_greeting is None:
+            reading = self._opening.greeting()
+            self._reading_greeting = asyncio.create_task(reading)
+        return self._reading_greeting
+
+    async def _what_listens(self, error: errors.SMTPError) -> Exception:
+        """Return the error, or what was found out about the server."""
+        options, address = self._options, self._addresses[0]
+        if not options.use_ssl and await probes.speaks_tls(address, options):
+            text = f"{error}; but it answers in TLS"
+            return Obstacle(_hinted(text, "tls-port", options))
+        line = await probes.first_line(address, options, tls=options.use_ssl)
+        hint_id = probes.protocol_of(line)
+        if hint_id is None:
+            return error
+        return Obstacle(_hinted(f"no greeting, but {line!r}", hint_id, options))
+
+    async def ehlo(self) -> list[Finding]:
+        await self._opening.ehlo()
+        name = str(self._options.local_hostname)
+        said = Finding(f"as {name}")
+        if "." not in name.strip(".") or _CONTAINER_ID.fullmatch(name.split(".")[0]):
+            text = f"as {name}, which is no full host name"
+            said = self._advised(text, "warning", "ehlo-name-unqualified")
+        return [said, Finding(self._extensions())]
+
+    def _extensions(self) -> str:
+        """Return what the server offers, as text."""
+        client = self._opening.client
+        if not client.supports_esmtp:
+            return "no extensions: the server knows HELO only"
+        offered = client.esmtp_extensions
+        size = offered.get("size", "")
+        limit = f"SIZE {_megabytes(int(size))}" if size.isdecimal() else ""
+        names = [name.upper() for name in EXTENSIONS if name in offered]
+        auth = " ".join(["AUTH", *client.server_auth_methods]).upper()
+        missing = [
+            name.upper() for name in ("pipelining", "smtputf8") if name not in offered
+        ]
+        parts = [*names, limit, auth if "auth" in offered else ""]
+        text = ", ".join(filter(None, parts)) or "no extensions"
+        return f"{text}; not {', '.join(missing)}" if missing else text
+
+    async def tls(self) -> list[Finding]:
+        options = self._options
+        if not (options.use_tls or options.use_ssl):
+            if self._opening.client.supports_extension("starttls"):
+                text = "not used, though the server offers STARTTLS"
+                return [self._advised(text, "warning", "tls-not-used")]
+            return [Finding("not used, nor offered", "skipped")]
+        try:
+            await self._secure()
+        except errors.CertificateError as error:
+            found = failed(error, options)
+            if found.hint_id != "certificate-host-name":
+                raise
+            names = await probes.names_in_certificate(self._addresses[0], options)
+            told = Finding(f"the certificate is for {_listed(names)}", "failed")
+            raise Obstacle(found, *([told] if names else [])) from error
+        except errors.TLSError as error:
+            raise await self._what_speaks_no_tls(error) from error
+        return self._of_tls()
+
+    async def _secure(self) -> None:
+        if self._options.use_tls:
+            await self._opening.starttls()
+            await self._opening.ehlo()
+            return
+        reading = self._read_greeting()
+        secured = asyncio.create_task(self._opening.client.secured.wait())
+        try:
+            await asyncio.wait({reading, secured}, return_when="FIRST_COMPLETED")
+        finally:
+            secured.cancel()
+        if reading.done() and not self._opening.client.secured.is_set():
+            await reading
+
+    async def _what_speaks_no_tls(self, error: errors.TLSError) -> Exception:
+        """Return the error, or what was found out about the server."""
+        options = self._options
+        if not options.use_ssl:
+            return error
+        line = await probes.first_line(self._addresses[0], options, tls=False)
+        hint_id = probes.protocol_of(line)
+        if hint_id is not None:
+            return Obstacle(_hinted(f"{error}; without, {line!r}", hint_id, options))
+        found = failed(error, options)
+        if not line.startswith("220"):
+            return error
+        return Obstacle(found, Finding(f"without TLS it says {line!r}", "failed"))
+
+    def _of_tls(self) -> list[Finding]:
+        info = self._opening.client.get_transport_info
+        secured: Any = info("ssl_object")
+        findings = [Finding(f"{secured.version()}, {secured.cipher()[0]}")]
+        peer = secured.getpeercert()
+        if not peer:
+            text = "the certificate was not verified"
+            return [
+                *findings,
+                self._advised(text, "warning", "certificate-not-verified"),
+            ]
+        certificate = probes.Certificate.of(peer)
+        chain = probes.chain_length(secured)
+        of = f", the first of {chain} certificates" if chain else ""
+        text = f"for {_listed(certificate.names)}, issued by {certificate.issuer}{of}"
+        days = int(certificate.seconds_left // 86400)
+        left = Finding(f"{days} days left")
+        if days < self._request.cert_days:
+            left = self._advised(left.text, "warning", "certificate-expires-soon")
+        return [*findings, Finding(text), left]
+
+    async def auth(self) -> list[Finding]:
+        options, client = self._options, self._opening.client
+        offered = " ".join(client.server_auth_methods).upper() or "nothing"
+        if not options.uses_login:
+            self._make_session()
+            return [Finding(f"no user name is set (offered: {offered})", "skipped")]
+        if not (options.use_tls or options.use_ssl):
+            self._obstacle = "not reached: not logged in"
+            text = f"not tried without TLS (offered: {offered})"
+            return [self._advised(text, "warning", "login-not-tried")]
+        await self._opening.log_in()
+        self._make_session()
+        method = self._opening.auth_method.upper() or "an earlier AUTH"
+        return [Finding(f"logged in with {method} (offered: {offered})")]
+
+    def _make_session(self) -> None:
+        client = self._opening.client
+        self._session = Session(self._options, client, self._note)
+
+    def _ready(self) -> Session:
+        if self._session is None or not self._session.is_clean:
+            text = "not reached: the server has closed the connection"
+            raise Obstacle(Finding(text, "failed"))
+        return self._session
+
+    async def sender(self) -> list[Finding]:
+        findings = []
+        for setting, address in self._request.senders.items():
+            try:
+                reply = await self._ready().rehearse(address)
+            except errors.SMTPError as error:
+                found = failed(error, self._options)
+                hint = found.hint.replace("DEFAULT_FROM_EMAIL", setting)
+                text = f"{setting} {address}: {found.text}"
+                findings.append(replace(found, text=text, hint=hint))
+            except ValueError as error:
+                text = f"{setting} {address}: {error}"
+                findings.append(self._advised(text, "failed", "smtputf8-needed"))
+            else:
+                findings.append(Finding(f"{setting} {address}: {_told(reply)}"))
+        return findings or [Finding("no address to try", "skipped")]
+
+    async def recipient(self) -> list[Finding]:
+        request = self._request
+        if request.recipient is None or not request.senders:
+            return [Finding("no recipient to try", "skipped")]
+        sender = next(iter(request.senders.values()))
+        try:
+            reply = await self._ready().rehearse(sender, request.recipient)
+        except ValueError as error:
+            text = f"{request.recipient}: {error}"
+            return [self._advised(text, "failed", "smtputf8-needed")]
+        return [Finding(f"{request.recipient}: {_told(reply)}")]
+
+    async def message(self) -> list[Finding]:
+        envelope = self._request.message
+        if envelope is None:
+            return [Finding("none was sent", "skipped")]
+        receipt = await self._ready().send(envelope)
+        return [Finding(f"sent: {_told(receipt.reply)}")]
+
+    async def connections(self) -> list[Finding]:
+        """Open more beside the one that is there."""
+        options, wanted = self._options, self._request.connections
+        here = [self._session] if self._session and self._session.is_clean else []
+        opening = [Session.open(options) for _ in range(wanted - len(here))]
+        outcomes = await asyncio.gather(*opening, return_exceptions=True)
+        opened = [o for o in outcomes if isinstance(o, Session)]
+        await asyncio.gather(*(session.quit() for session in opened))
+        refused = [o for o in outcomes if isinstance(o, errors.SMTPError)]
+        count = len(opened) + len(here)
+        text = f"{count} of {wanted} opened at once"
+        each = options.max_connections
+        fits = (
+            f"with {options.setting('max_connections')} = {each}, that is enough for "
+        )
+        fits += f"{count // each} process{'' if count // each == 1 else 'es'}"
+        if not refused:
+            return [Finding(text), Finding(fits)]
+        state: State = "warning" if count >= each else "failed"
+        why = f"{text}; then: {refused[0]}"
+        return [
+            self._advised(why, state, "fewer-connections-allowed"),
+            Finding(fits, state),
+        ]
+
+    def _note(self, side: str, line: str) -> None:
+        self._lines.append(f"{side}: {line}")
+
+    def _advised(self, text: str, state: State, hint_id: str) -> Finding:
+        return advised(text, state, hint_id, self._options)
+
+
+def _hinted(text: str, hint_id: str, options: Options) -> Finding:
+    """Return the finding of a failure with a hint of the table."""
+    hint = next(hint for hint in HINTS if hint.id == hint_id)
+    return Finding(text, "failed", hint.id, hint.explain(options))
+
+
+def _told(reply: Any) -> str:
+    return f"{reply.code} {reply.text.decode('utf-8', 'replace')}".strip()
+
+
+def _ip(address: Address) -> str:
+    return str(address[4][0])
+
+
+def _family_name(family: Any) -> str:
+    return {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}.get(family, str(family))
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:.0f} MB" if size else "without a limit"
