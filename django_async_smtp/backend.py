@@ -14,7 +14,8 @@ from django.core.mail.utils import DNS_NAME
 
 from . import options as opts
 from . import tls
-from .delivery import Courier, deliver
+from .delivery import Courier
+from .dispatch import deliver
 from .errors import SMTPError
 from .loop import InCaller, smtp_loop
 from .mailing import Mailing, log_failure

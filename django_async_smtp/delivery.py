@@ -1,38 +1,27 @@
-"""Messages over pools: which session each takes, and what is tried again."""
+"""A message over pools: which session it takes, and what is tried again."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from random import SystemRandom
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Final,
-    Literal,
-    Protocol,
-    TypeGuard,
-    TypeVar,
-    cast,
-)
+from typing import TYPE_CHECKING, Final, Literal, TypeGuard, TypeVar
 
 from . import errors
-from .loop import CallerStopped
 
 if TYPE_CHECKING:
-    from django.core.mail import EmailMessage
-
     from .envelope import Envelope
-    from .loop import InCaller
     from .options import Route
     from .pool import Pool
     from .session import Receipt, Session
 
 T = TypeVar("T")
+
+Upcoming = Callable[[], "Envelope | None"]
 
 # Neither the one that a project may seed, nor the same in every forked worker.
 _random = SystemRandom()
@@ -78,162 +67,12 @@ class Delivery:
     error: Exception | None = None
 
 
-@dataclass(frozen=True)
-class Item:
-    """
-    A message's turn.
-
-    :ivar envelope: None where it has no recipients; the error where it could not be
-        built.
-    :ivar has_backlog: whether many more are waiting behind it.
-    """
-
-    index: int
-    message: EmailMessage
-    envelope: Envelope | Exception | None
-    has_backlog: bool = False
-
-
-class Source(Protocol):
-    """Where messages come from; its methods run in the caller's thread."""
-
-    def take(self, done: tuple[Item, Delivery] | None) -> Item | None:
-        """Say what became of one, and return the next, or None at the end."""
-
-    def finish(self, done: tuple[Item, Delivery]) -> None:
-        """Say what became of the last one."""
-
-
-async def deliver(
-    in_caller: InCaller, source: Source, route: Route, pools: list[Pool]
-) -> errors.SMTPError | None:
-    """
-    Send the messages of a source, on several sessions where it has a backlog.
-
-    A message that fails does not stop the others. What a fresh connection would meet
-    as well does: then the rest is left in the source.
-
-    :param pools: those of the route's servers.
-    :returns: the error that ended it early, if one did.
-    """
-    work = _Work(in_caller, source, route, pools)
-    await work.run()
-    return work.ended_by
-
-
-class _Work:
-    """One call's workers: the first one, and helpers that come for a backlog."""
-
-    def __init__(
-        self, in_caller: InCaller, source: Source, route: Route, pools: list[Pool]
-    ) -> None:
-        self.in_caller = in_caller
-        self.source = source
-        self.route = route
-        self.pools = pools
-        self.ended_by: errors.SMTPError | None = None
-        self._broken_source: Exception | None = None
-        self._workers: set[asyncio.Task[None]] = set()
-        self._at_work = 0
-        # User code is not entered again while it waits for a send of its own.
-        self._callers_turn = asyncio.Lock()
-        # Helpers that wait for a session, and hold no message.
-        self._idle_helpers: set[asyncio.Task[None]] = set()
-
-    async def run(self) -> None:
-        self._start(self._work(Courier(self.route, self.pools)))
-        try:
-            while self._workers:
-                await asyncio.wait(self._workers)
-        finally:
-            self._cancel_others()
-            await asyncio.gather(*self._workers, return_exceptions=True)
-        if self._broken_source is not None:
-            raise self._broken_source
-
-    def _cancel_others(self) -> None:
-        for worker in self._workers - {asyncio.current_task()}:
-            worker.cancel()
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        worker = asyncio.get_running_loop().create_task(work)
-        self._workers.add(worker)
-        worker.add_done_callback(self._workers.discard)
-        return worker
-
-    async def _work(self, courier: Courier) -> None:
-        done: tuple[Item, Delivery] | None = None
-        self._at_work += 1
-        try:
-            while not self._is_over:
-                async with self._callers_turn:
-                    item = await self.in_caller(self.source.take, done)
-                done = None
-                if item is None:
-                    break
-                if item.has_backlog:
-                    self._get_help()
-                delivery = await courier.deliver(item.envelope)
-                done = item, delivery
-                error = delivery.error
-                if courier.is_cut_off(error):
-                    self.ended_by = self.ended_by or error
-                elif _is_before_mail(error) and self._at_work > 1:
-                    # The others have connections, and go on.
-                    self._at_work -= 1
-                    break
-            if done is not None:
-                async with self._callers_turn:
-                    await self.in_caller(self.source.finish, done)
-                done = None
-        except Exception as broken:
-            self._broken_source = self._broken_source or broken
-            if isinstance(broken, CallerStopped):
-                self._cancel_others()
-        finally:
-            if done is not None:
-                # Broken off before it could be told in the caller's thread.
-                done[0].message.delivery = done[1]  # type: ignore[attr-defined]
-            # What is left is in the hands of others.
-            self._dismiss_idle_helpers()
-            courier.finish()
-
-    async def _help(self) -> None:
-        task = cast("asyncio.Task[None]", asyncio.current_task())
-        courier = Courier(self.route, self.pools)
-        try:
-            await courier.prepare()
-        except errors.SMTPError:
-            # The first worker meets the same, and says so.
-            return
-        finally:
-            self._idle_helpers.discard(task)
-        await self._work(courier)
-
-    def _get_help(self) -> None:
-        first = self.route.servers[0]
-        workers = first.max_connections
-        if first.rate_limit is not None:
-            # No more than the limit keeps busy: they would wait for each other.
-            workers = min(workers, int(first.rate_limit * first.timeout / 2))
-        for _ in range(workers - 1):
-            self._idle_helpers.add(self._start(self._help()))
-
-    def _dismiss_idle_helpers(self) -> None:
-        for helper in self._idle_helpers:
-            helper.cancel()
-
-    @property
-    def _is_over(self) -> bool:
-        return self.ended_by is not None or self._broken_source is not None
-
-
 class Courier:
     """
     Sends one message after another.
 
-    Holds a session only while it sends: between messages, user code runs, and may
-    itself need a session.
+    Holds a session only while it sends, or where the next message has begun on it:
+    else, between messages, user code runs, and may itself need a session.
 
     :ivar attempts: how often the message at hand was tried.
     """
@@ -243,6 +82,8 @@ class Courier:
         self.pools = pools
         self.attempts = 0
         self._pool = pools[0]
+        self._begun_on: Session | None = None
+        self._upcoming: Upcoming = lambda: None
 
     async def prepare(self) -> None:
         """Have a session ready ahead of the first message."""
@@ -251,30 +92,39 @@ class Courier:
 
     def finish(self) -> None:
         """End what is not to be kept after the call."""
+        self._drop_begun()
         for pool in self.pools:
             if pool.options.idle_timeout == 0 and pool.users == 1:
                 pool.close_idle()
 
     def is_cut_off(self, error: Exception | None) -> TypeGuard[errors.SMTPError]:
         """Whether the next message would meet the same error, on any connection."""
-        if not _is_before_mail(error) or isinstance(error, errors.RateLimited):
+        if not is_before_mail(error) or isinstance(error, errors.RateLimited):
             return False
         # A greeting may be an accident, as long as other connections work.
         return error.stage not in {"greeting", "ehlo"} or not self._pool.has_session
 
-    async def deliver(self, envelope: Envelope | Exception | None) -> Delivery:
-        """Send an envelope, as often as the route allows; never raises SMTPError."""
+    async def deliver(
+        self, envelope: Envelope | Exception | None, upcoming: Upcoming = lambda: None
+    ) -> Delivery:
+        """
+        Send an envelope, as often as the route allows; never raises SMTPError.
+
+        :param upcoming: returns the envelope that is delivered next, if it is there by
+            now: its commands may go out with the end of this one.
+        """
         if envelope is None:
             return Delivery(state="not_sent")
         if isinstance(envelope, Exception):
             return Delivery(state="failed", error=envelope)
         start = time.monotonic()
         self.attempts = 0
+        self._upcoming = upcoming
         try:
             outcome = await self._to_all(envelope)
         except Exception as error:
             # The pool has counted what went wrong on connecting.
-            if not _is_before_mail(error) or isinstance(error, errors.PoolTimeout):
+            if not is_before_mail(error) or isinstance(error, errors.PoolTimeout):
                 self._pool.counts.errors += 1
             outcome = _failure(error)
         else:
@@ -349,7 +199,7 @@ class Courier:
 
         That is safe: nothing of the message was accepted yet.
         """
-        session = await self._take_turn(fresh=False)
+        session = self._claim_begun(envelope) or await self._take_turn(fresh=False)
         was_used = session.is_used
         try:
             return await self._transact(session, envelope)
@@ -360,12 +210,36 @@ class Courier:
 
     async def _transact(self, session: Session, envelope: Envelope) -> Receipt:
         try:
-            return await session.send(envelope)
+            return await session.send(envelope, partial(self._next_on, session))
         finally:
+            if session.begun is not None:
+                self._begun_on = session
+            else:
+                self._release(session)
+
+    def _next_on(self, session: Session) -> Envelope | None:
+        """Return the next message, where it may go over the same session at once."""
+        return self._upcoming() if self._pool.may_go_on(session) else None
+
+    def _claim_begun(self, envelope: Envelope) -> Session | None:
+        """Return the session on which a message has begun."""
+        session = self._begun_on
+        if session is None or session.begun is not envelope:
+            return None
+        self._begun_on = None
+        self.attempts += 1
+        return session
+
+    def _drop_begun(self) -> None:
+        """End the session on which the next message has begun, if one has."""
+        session, self._begun_on = self._begun_on, None
+        if session is not None:
+            session.abort()
             self._release(session)
 
     async def _take_turn(self, *, fresh: bool) -> Session:
         self.attempts += 1
+        self._drop_begun()
         session = await self._acquire(fresh=fresh)
         try:
             await self._pool.turn()
@@ -395,7 +269,7 @@ class Courier:
         raise _naming_all(tried)
 
 
-def _is_before_mail(error: Exception | None) -> TypeGuard[errors.SMTPError]:
+def is_before_mail(error: Exception | None) -> TypeGuard[errors.SMTPError]:
     return isinstance(error, errors.SMTPError) and error.stage in _BEFORE_MAIL
 
 

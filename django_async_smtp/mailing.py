@@ -14,7 +14,8 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
-from .delivery import Delivery, Item
+from .delivery import Delivery
+from .dispatch import Done, Item
 from .envelope import Envelope, prepare
 from .errors import SMTPError
 from .logs import log, masked, quiet
@@ -46,6 +47,7 @@ class Mailing:
         # Reading on from a sequence has no effect on anybody else.
         self._is_sequence = isinstance(messages, Sequence)
         self._ahead: deque[EmailMessage] = deque()
+        self._returned: list[Item] = []
         self._broken: Exception | None = None
         try:
             self._ahead.extend(islice(self._iterator, 1))
@@ -55,6 +57,8 @@ class Mailing:
             if not self._ahead:
                 raise
             self._broken = error
+        # Whether the iterator has no more.
+        self._is_read = len(self._ahead) <= ONE_CONNECTION
 
     @property
     def is_empty(self) -> bool:
@@ -66,20 +70,27 @@ class Mailing:
         """Whether nothing remains to be raised or logged."""
         return not self._failures
 
-    def take(self, done: tuple[Item, Delivery] | None) -> Item | None:
-        """Finish one message, and return the next, built; None at the end."""
-        if done is not None:
-            self.finish(done)
+    def take(self, done: Sequence[Done]) -> Item | None:
+        """Finish some messages, and return the next, built; None at the end."""
+        self.finish(done)
         message = self._next()
         if message is None:
             return None
         index, self._taken = self._taken, self._taken + 1
         has_backlog = index == 0 and len(self._ahead) >= ONE_CONNECTION
-        return Item(index, message, self._build(message), has_backlog)
+        is_last = self._is_read and not self._ahead and self._broken is None
+        return Item(index, message, self._build(message), has_backlog, is_last)
 
-    def finish(self, done: tuple[Item, Delivery]) -> None:
-        """Tell everybody what became of a message."""
-        item, delivery = done
+    def finish(self, done: Sequence[Done]) -> None:
+        """Tell everybody what became of some messages."""
+        for item, delivery in done:
+            self._finish(item, delivery)
+
+    def put_back(self, items: Sequence[Item]) -> None:
+        """Take messages back that were not tried."""
+        self._returned.extend(items)
+
+    def _finish(self, item: Item, delivery: Delivery) -> None:
         self.sent += delivery.state == "sent"
         error = delivery.error
         if error is not None:
@@ -136,10 +147,13 @@ class Mailing:
             return error
 
     def _report_rest(self, error: SMTPError) -> int:
-        rest = [*self._ahead, *(self._iterator if self._is_sequence else ())]
+        untaken = [*self._ahead, *(self._iterator if self._is_sequence else ())]
+        rest = [(item.index, item.message) for item in self._returned]
+        rest += enumerate(untaken, self._taken)
         self._ahead.clear()
+        self._returned.clear()
         delivery = Delivery(state="not_sent", server=error.server, error=error)
-        for index, message in enumerate(rest, self._taken):
+        for index, message in rest:
             self._failures.append((index, message, error))
             self._tell(message, delivery)
         return len(rest)

@@ -45,6 +45,17 @@ class Reply(NamedTuple):
 TOO_LONG: Final = Reply(500, b"Line too long.")
 
 
+def group_of(lines: list[bytes]) -> bytes:
+    """
+    Return commands as they go over the wire.
+
+    :raises ValueError: a control character in a command.
+    """
+    if any(_CONTROL_CHARACTER.search(line) for line in lines):
+        raise ValueError("An SMTP command must not hold control characters.")
+    return b"".join(line + b"\r\n" for line in lines)
+
+
 class Dialogue(asyncio.Protocol):
     """
     A sequence of commands and replies, after the greeting.
@@ -71,6 +82,7 @@ class Dialogue(asyncio.Protocol):
         self._due = 0
         self._in_step = True
         self.is_message_written = False
+        self.is_group_sent = False
         self._lost: Exception | None = None
         self._reading: asyncio.Future[None] | None = None
         self._writing: asyncio.Future[None] | None = None
@@ -84,13 +96,13 @@ class Dialogue(asyncio.Protocol):
     @property
     def is_clean(self) -> bool:
         """Whether the connection is open, with every reply read and none too many."""
-        return (
-            self._lost is None
-            and self._in_step
-            and self._due == 0
-            and not self._replies
-            and not self._transport.is_closing()
-        )
+        return self.is_open and self._due == 0 and not self._replies
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the connection is open, and every reply so far was due."""
+        is_lost = self._lost is not None or self._transport.is_closing()
+        return self._in_step and not is_lost
 
     @property
     def is_in_step(self) -> bool:
@@ -113,11 +125,8 @@ class Dialogue(asyncio.Protocol):
         :raises SMTPServerDisconnected: the connection has ended.
         :raises SMTPReadTimeoutError: the server took nothing in time.
         """
-        if any(_CONTROL_CHARACTER.search(line) for line in lines):
-            raise ValueError("An SMTP command must not hold control characters.")
-        for line in lines:
-            self._note("C", line)
-        group = b"".join(line + b"\r\n" for line in lines)
+        group = group_of(lines)
+        self._note_commands(lines)
         # Replies come while a large group is written, and are read all the time: a
         # server that stops reading until then (RFC 2920 section 3.1) goes on.
         self._due += len(lines)
@@ -158,7 +167,9 @@ class Dialogue(asyncio.Protocol):
                 self._write(b".\r\n")
                 self._due += 1
 
-    async def message(self, content: bytes, timeout: float) -> Reply:
+    async def message(
+        self, content: bytes, timeout: float, following: list[bytes] | None = None
+    ) -> Reply:
         """
         Send a message's content after DATA (RFC 5321 section 4.1.1.4).
 
@@ -166,10 +177,12 @@ class Dialogue(asyncio.Protocol):
         sent. ``is_message_written`` tells whether all of it was.
 
         :param content: ends with CRLF.
+        :param following: the next group of commands (see ``send``), for the same write
+            (RFC 2920) if that is small; ``is_group_sent`` tells.
         :param timeout: seconds in which the server takes nothing, or does not reply.
         """
         self._due += 1
-        self.is_message_written = False
+        self.is_message_written = self.is_group_sent = False
         self._note("C", b"(the message: %d bytes)" % len(content))
         stuffed = content.replace(b"\r\n.", b"\r\n..")
         if stuffed.startswith(b"."):
@@ -181,12 +194,24 @@ class Dialogue(asyncio.Protocol):
             await self._drained(timeout)
             if self._replies:
                 return self._early_reply()
-        self._write(stuffed[last:] + b".\r\n")
+        self._write_end(stuffed[last:] + b".\r\n", following or [])
         await self._drained(timeout)
         if self._is_full:
             return self._early_reply()
         self.is_message_written = True
         return await self._next_reply(timeout)
+
+    def _write_end(self, end: bytes, following: list[bytes]) -> None:
+        group = group_of(following)
+        size = self._transport.get_write_buffer_size() + len(end) + len(group)
+        # Not above the mark from which on writing waits: that what waits is the
+        # group, and not the message, could not be told.
+        if following and size <= CHUNK_SIZE:
+            self._note_commands(following)
+            self._due += len(following)
+            self.is_group_sent = True
+            end += group
+        self._write(end)
 
     async def quit(self, timeout: float) -> None:
         """Say QUIT, wait for the end of the connection, and end it if none comes."""
@@ -205,6 +230,10 @@ class Dialogue(asyncio.Protocol):
         """End the connection at once, without a word."""
         self._in_step = False
         self._transport.abort()
+
+    def _note_commands(self, lines: list[bytes]) -> None:
+        for line in lines:
+            self._note("C", line)
 
     def _note(self, side: str, line: bytes) -> None:
         if self._transcript is not None:

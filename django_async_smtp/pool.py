@@ -180,6 +180,16 @@ class Pool:
             self._end(session, reason)
         self._serve_waiters()
 
+    def may_go_on(self, session: Session) -> bool:
+        """Whether a session in use may take one more message before it is released."""
+        return (
+            self._keeps_idle
+            and not self._waiters
+            and self.options.rate_limit is None
+            and session.sent + 1 < self.options.max_messages
+            and self._loop.time() < session.end_of_life
+        )
+
     def stop_keeping(self) -> None:
         """Close the idle sessions, and from now on every one that is released."""
         self._keeps_idle = False

@@ -12,7 +12,7 @@ import aiosmtplib
 
 from . import errors
 from .opening import Opening, translate, translated
-from .pipelining import TOO_LONG, Dialogue, Reply, Transcript
+from .pipelining import TOO_LONG, Dialogue, Reply, Transcript, group_of
 
 if TYPE_CHECKING:
     from .envelope import Envelope
@@ -51,6 +51,8 @@ class Session:
     :ivar is_used: whether it was handed over or sent before, and may have died since.
     :ivar was_ended: whether the server ended it.
     :ivar end_of_life: the loop's time at which to replace it.
+    :ivar begun: the envelope whose commands went out with the message before, and
+        which must be sent next, or the session ended.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Session:
         self.is_used = False
         self.was_ended = False
         self.end_of_life = math.inf
+        self.begun: Envelope | None = None
         self._last_used = asyncio.get_running_loop().time()
         self._dialogue = Dialogue(
             cast("asyncio.Transport", client.transport), self._ended, transcript
@@ -109,20 +112,36 @@ class Session:
             opening.abort()
             raise
 
-    async def send(self, envelope: Envelope) -> Receipt:
+    async def send(
+        self,
+        envelope: Envelope,
+        following: Callable[[], Envelope | None] = lambda: None,
+    ) -> Receipt:
         """
         Send one message: a mail transaction (RFC 5321 section 3.3).
 
         After an error the session may be used again if it ``is_clean``.
 
+        :param following: returns the message that this session is to send next, if
+            there is one by now: then it may be ``begun`` already.
         :raises SMTPError: nothing was delivered, but see its ``maybe_delivered``.
         :raises ValueError: the envelope needs SMTPUTF8, and the server has it not.
         """
-        mail = self._mail_command(envelope)
+        is_begun = self.begun is envelope
+        if not is_begun and self.begun is not None:
+            raise RuntimeError("Another message was begun on this session.")
+        commands = self._commands(envelope)
         try:
-            receipt = await self._transact(mail, envelope)
+            if self._pipelines and not is_begun:
+                with translated("mail", self.options):
+                    await self._dialogue.send(commands, self.options.timeout)
+            self.begun = None
+            receipt = await self._transact(envelope, commands, following)
         except (errors.ResponseError, errors.RecipientsRefused):
-            await self._reset()
+            if self.begun is None:
+                await self._reset()
+            elif not self._dialogue.is_open:
+                self.abort()
             raise
         except BaseException:
             # A reply may still be on its way: it must not answer a later command.
@@ -186,21 +205,22 @@ class Session:
 
     def abort(self) -> None:
         """Close at once."""
+        self.begun = None
         self._dialogue.abort()
 
     def _ended(self) -> None:
         self.was_ended = True
         self.on_end()
 
-    async def _transact(self, mail: bytes, envelope: Envelope) -> Receipt:
+    async def _transact(
+        self,
+        envelope: Envelope,
+        commands: list[bytes],
+        following: Callable[[], Envelope | None],
+    ) -> Receipt:
         options = self.options
-        recipients = [
-            f"RCPT TO:<{address}>".encode() for address in envelope.recipients
-        ]
+        mail, *recipients, data = commands
         with translated("mail", options):
-            if self._pipelines:
-                group = [mail, *recipients, b"DATA"]
-                await self._dialogue.send(group, options.timeout)
             reply = await self._answer(mail)
             if reply.code != 250:
                 raise aiosmtplib.SMTPSenderRefused(*_words(reply), envelope.sender)
@@ -225,11 +245,21 @@ class Session:
                     ]
                 )
         with translated("data", options):
-            reply = await self._answer(b"DATA")
+            reply = await self._answer(data)
             if reply.code != 354:
                 raise aiosmtplib.SMTPDataError(*_words(reply))
-        reply = await self._message(envelope.content)
+        # Those refused may get a transaction of their own before the next message.
+        upcoming = following() if self._pipelines and not refused else None
+        reply = await self._message(envelope.content, upcoming)
         return Receipt(tuple(accepted), refused, reply)
+
+    def _commands(self, envelope: Envelope) -> list[bytes]:
+        """Return the commands of a transaction, from MAIL to DATA."""
+        return [
+            self._mail_command(envelope),
+            *(f"RCPT TO:<{address}>".encode() for address in envelope.recipients),
+            b"DATA",
+        ]
 
     def _mail_command(self, envelope: Envelope) -> bytes:
         command = f"MAIL FROM:<{envelope.sender}>"
@@ -259,10 +289,15 @@ class Session:
             self.abort()
         return reply
 
-    async def _message(self, content: bytes) -> Reply:
+    async def _message(self, content: bytes, upcoming: Envelope | None) -> Reply:
         dialogue, options = self._dialogue, self.options
+        group = self._group(upcoming)
         try:
-            reply = self._usable(await dialogue.message(content, options.timeout))
+            try:
+                reply = await dialogue.message(content, options.timeout, group)
+            finally:
+                self.begun = upcoming if dialogue.is_group_sent else None
+            self._usable(reply)
             if reply.code != 250:
                 raise aiosmtplib.SMTPDataError(*_words(reply))
         except aiosmtplib.SMTPDataError as error:
@@ -274,6 +309,18 @@ class Session:
                 error, "body", options, maybe_delivered=dialogue.is_message_written
             ) from error
         return reply
+
+    def _group(self, upcoming: Envelope | None) -> list[bytes]:
+        """Return the commands of the next message; none where it cannot be sent."""
+        if upcoming is None:
+            return []
+        try:
+            commands = self._commands(upcoming)
+            group_of(commands)
+        except ValueError:
+            # To be raised when its turn has come.
+            return []
+        return commands
 
     async def _reset(self) -> None:
         """Make the server forget a transaction that was broken off."""

@@ -197,6 +197,7 @@ CLOSE = Action("CLOSE")  # FIN
 RESET = Action("RESET")  # RST
 SILENCE = Action("SILENCE")  # nothing more, until the client or the test ends
 DEAF = Action("DEAF")  # as SILENCE, and it reads nothing
+PAUSE = Action("PAUSE")  # a hundredth of a second
 READ = Action("READ")  # the client's next line
 DEFAULT = Action("DEFAULT")  # what a working server answers
 
@@ -225,8 +226,10 @@ class ScriptedServer:
     A script maps a stage to bytes to send, an Action, or several of them in order.
     Stages: greeting, ehlo, helo, starttls, tls (in place of the server's hello), auth,
     mail, rcpt, data, body (after the whole message), rset, noop, quit, and a
-    recipient's address (before ``rcpt``). ``idle`` runs after the reply to a body,
-    ``auth plain`` and the like in place of that method's exchange.
+    recipient's address (before ``rcpt``). With a sender's address behind it
+    (``data me@example.com``), a stage is that of this sender's messages. ``idle`` runs
+    after the reply to a body, ``auth plain`` and the like in place of that method's
+    exchange.
 
     :ivar scripts: the script of the first connection, of the second, and so on; the
         last one serves all further ones.
@@ -338,6 +341,7 @@ class _Connection:
         }
         self.turns: Counter[str] = Counter()
         self.number = number
+        self.sender = ""
         self.is_tls = False
         self.login = False
         self.buffer = b""
@@ -347,7 +351,7 @@ class _Connection:
         if self.server.implicit:
             self.start_tls()
         self.do("greeting", b"220 test ESMTP\r\n")
-        sender, options = "", ""
+        options = ""
         recipients: list[str] = []
         while True:
             line = self.read_line()
@@ -365,21 +369,21 @@ class _Connection:
                     self.authenticate(argument)
                 case "MAIL":
                     path, _, options = argument.partition(" ")
-                    sender, recipients = path[6:-1], []
+                    self.sender, recipients = path[6:-1], []
                     self.do("mail", b"250 ok\r\n")
                 case "RCPT":
                     address = argument[4:-1]
                     reply = self.do(address, b"") or self.do("rcpt", b"250 ok\r\n")
                     if reply.startswith(b"25"):
                         recipients.append(address)
-                case "DATA" if not recipients and "data" not in self.script:
+                case "DATA" if not recipients and not self.has_step("data"):
                     self.say(b"554 5.5.1 no valid recipients\r\n")
                 case "DATA":
                     if self.do("data", b"354 go\r\n").startswith(b"354"):
                         content = self.read_body()
                         self.server.received.append(
                             Received(
-                                sender,
+                                self.sender,
                                 recipients,
                                 content,
                                 self.number,
@@ -397,9 +401,12 @@ class _Connection:
                 case _:
                     self.do(verb.lower(), b"250 ok\r\n")
 
+    def has_step(self, stage: str) -> bool:
+        return stage in self.script or f"{stage} {self.sender}" in self.script
+
     def do(self, stage: str, default: bytes) -> bytes:
         """Do the script's step, or the default; return the last reply sent."""
-        steps = self.script.get(stage)
+        steps = self.script.get(f"{stage} {self.sender}", self.script.get(stage))
         if steps is None:
             if default:
                 self.say(default)
@@ -415,6 +422,9 @@ class _Connection:
             if isinstance(step, bytes):
                 self.say(step)
                 sent = step
+            elif step is PAUSE:
+                self.flush()
+                time.sleep(0.01)
             elif step is READ:
                 self.server.lines.append(self.read_line())
             elif step is SILENCE:
@@ -501,16 +511,18 @@ class _Connection:
         return line.rstrip(b"\r")
 
     def read_body(self) -> bytes:
-        while not self.buffer.endswith(b"\r\n.\r\n") and self.buffer != b".\r\n":
+        end = b"\r\n.\r\n"
+        # As if after a line: the dot may be the first one.
+        self.buffer, start = b"\r\n" + self.buffer, 0
+        while (found := self.buffer.find(end, start)) == -1:
             if self.server.slow_body:
                 time.sleep(self.server.slow_body)
+            start = max(0, len(self.buffer) - len(end))
             self.fill()
-        content, self.buffer = self.buffer[:-3], b""
-        return (
-            content.replace(b"\r\n..", b"\r\n.").removeprefix(b".")
-            if (content.startswith(b".."))
-            else content.replace(b"\r\n..", b"\r\n.")
-        )
+        content = self.buffer[: found + 2].replace(b"\r\n..", b"\r\n.")[2:]
+        # What follows is the next transaction (RFC 2920).
+        self.buffer = self.buffer[found + len(end) :]
+        return content
 
     def fill(self) -> None:
         self.flush()

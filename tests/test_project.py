@@ -24,6 +24,7 @@ ORDER = [
     "mail",
     "backend",
     "mailing",
+    "dispatch",
     "delivery",
     "loop",
     "pool",

@@ -11,7 +11,16 @@ from hypothesis import HealthCheck, given, settings, strategies
 from django_async_smtp import Delivery
 
 from .conftest import MakeBackend, end_connections
-from .servers import CLOSE, DEFAULT, SILENCE, Received, Script, ScriptedServer, Step
+from .servers import (
+    CLOSE,
+    DEFAULT,
+    PAUSE,
+    SILENCE,
+    Received,
+    Script,
+    ScriptedServer,
+    Step,
+)
 
 EXTENSIONS = ("SIZE 10000000", "8BITMIME", "PIPELINING")
 TO = ["a@example.com", "b@example.com", "c@example.com"]
@@ -101,6 +110,100 @@ def test_any_failure_in_any_packets_ends_the_same(
     one_by_one = outcome(make_backend, script, "replies", pipelining=False)
     together = outcome(make_backend, script, packets)
     assert together[:2] == one_by_one[:2]
+
+
+SENDERS = [f"{n}@example.com" for n in "12345"]
+NO_TRANSACTION: list[Step] = [
+    b"450 busy\r\n",
+    b"550 no\r\n",
+    b"421 bye\r\n",
+    b"what?\r\n",
+    CLOSE,
+]
+
+
+@strategies.composite
+def scripts_of_a_call(draw: strategies.DrawFn) -> Script:
+    """For each message at most one stage that fails, in one way."""
+    # Slow enough that the next message is built when this one's turn comes.
+    script: Script = {"mail": [PAUSE, DEFAULT]}
+    stages = [None, "mail", "rcpt", TO[0], "data", "body"]
+    for sender in SENDERS:
+        stage = draw(strategies.sampled_from(stages))
+        if stage is not None:
+            step = draw(strategies.sampled_from(NO_TRANSACTION))
+            script[f"{stage} {sender}"] = step
+        if stage == "mail":
+            for later in ("rcpt", "data"):
+                script[f"{later} {sender}"] = b"503 MAIL first\r\n"
+    return script
+
+
+def outcomes(
+    make_backend: MakeBackend, script: Script, packets: str, **options: Any
+) -> tuple[list[Delivery], list[Received], int]:
+    """
+    Send a message of each sender in one call, over one connection after the other.
+
+    Return what became of each, what arrived, and over how many connections.
+    """
+    messages = [
+        EmailMessage("s", "Body", sender, TO, headers={"Date": "now"})
+        for sender in SENDERS
+    ]
+    with ScriptedServer((script, {}), extensions=EXTENSIONS, packets=packets) as server:
+        backend = make_backend(
+            server, fail_silently=True, timeout=5, max_connections=1, **options
+        )
+        backend.send_messages(messages)
+        end_connections()
+        assert all(m.content for m in server.received if m.recipients)
+        received = [
+            replace(message, connection=0, content=b"", options="")
+            for message in server.received
+            if message.recipients
+        ]
+    deliveries = [
+        # A message that began on a connection that then died needs one more attempt.
+        replace(comparable(message.delivery), attempts=0)  # type: ignore[attr-defined]
+        for message in messages
+    ]
+    return deliveries, received, server.connections
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(script=scripts_of_a_call(), packets=strategies.sampled_from(PACKETS))
+def test_messages_that_begin_with_the_end_of_others_end_the_same(
+    make_backend: MakeBackend, script: Script, packets: str
+) -> None:
+    one_by_one = outcomes(make_backend, script, "replies", pipelining=False)
+    together = outcomes(make_backend, script, packets)
+    assert together == one_by_one
+
+
+def test_the_next_message_begins_with_the_end_of_the_one_before(
+    make_backend: MakeBackend,
+) -> None:
+    script: Script = {
+        "mail": [*[PAUSE] * 20, DEFAULT],
+        f"body {SENDERS[0]}": SILENCE,
+    }
+    with ScriptedServer((script,), extensions=EXTENSIONS) as server:
+        backend = make_backend(server, timeout=0.5, fail_silently=True)
+        first, second = (EmailMessage("s", "b", sender, TO) for sender in SENDERS[:2])
+        backend.send_messages([first, second])
+        begun = [line for line in server.unread[0].split(b"\r\n") if line]
+    assert [line.split(b":")[0] for line in begun] == [
+        b"MAIL FROM",
+        *[b"RCPT TO"] * len(TO),
+        b"DATA",
+    ]
+    assert first.delivery.state == "unknown"  # type: ignore[attr-defined]
+    assert second.delivery.state == "sent"  # type: ignore[attr-defined]
 
 
 def commands_before_the_first_reply(

@@ -1,0 +1,281 @@
+"""The messages of a call over its workers: who takes which, and what is left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+
+from . import errors
+from .delivery import Courier, Delivery, is_before_mail
+from .envelope import Envelope
+from .loop import CallerStopped
+
+if TYPE_CHECKING:
+    from django.core.mail import EmailMessage
+
+    from .loop import InCaller
+    from .options import Route
+    from .pool import Pool
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Item:
+    """
+    A message's turn.
+
+    :ivar envelope: None where it has no recipients; the error where it could not be
+        built.
+    :ivar has_backlog: whether many more are waiting behind it.
+    :ivar is_last: whether it is known that none is.
+    """
+
+    index: int
+    message: EmailMessage
+    envelope: Envelope | Exception | None
+    has_backlog: bool = False
+    is_last: bool = False
+
+
+Done = tuple[Item, Delivery]
+
+
+class Source(Protocol):
+    """Where messages come from; its methods run in the caller's thread."""
+
+    def take(self, done: Sequence[Done]) -> Item | None:
+        """Say what became of some, and return the next, or None at the end."""
+
+    def finish(self, done: Sequence[Done]) -> None:
+        """Say what became of the last ones."""
+
+    def put_back(self, items: Sequence[Item]) -> None:
+        """Return what was taken and not tried."""
+
+
+async def deliver(
+    in_caller: InCaller, source: Source, route: Route, pools: list[Pool]
+) -> errors.SMTPError | None:
+    """
+    Send the messages of a source, on several sessions where it has a backlog.
+
+    A message that fails does not stop the others. What a fresh connection would meet
+    as well does: then the rest is left in the source.
+
+    :param pools: those of the route's servers.
+    :returns: the error that ended it early, if one did.
+    """
+    work = _Work(in_caller, source, route, pools)
+    await work.run()
+    return work.ended_by
+
+
+class _Work:
+    """
+    One call's workers: the first one, and helpers that come for a backlog.
+
+    :ivar left: taken by workers that could not send them, for the others.
+    :ivar at_work: how many workers will look there again.
+    """
+
+    def __init__(
+        self, in_caller: InCaller, source: Source, route: Route, pools: list[Pool]
+    ) -> None:
+        self.source = source
+        self.ended_by: errors.SMTPError | None = None
+        self.broken: Exception | None = None
+        self.left: deque[Item] = deque()
+        self.at_work = 0
+        self._in_caller = in_caller
+        self._route = route
+        self._pools = pools
+        self._tasks: set[asyncio.Task[Any]] = set()
+        # User code is not entered again while it waits for a send of its own.
+        self._callers_turn = asyncio.Lock()
+        # Helpers that wait for a session, and hold no message.
+        self._idle_helpers: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        try:
+            while not self._tasks:
+                self.start(self._work(Courier(self._route, self._pools)))
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
+                if not self.left or self.ended_by is not None or self._is_stopped:
+                    break
+        finally:
+            self._cancel_others()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._is_stopped:
+            raise cast("Exception", self.broken)
+        if self.left:
+            await self._in_caller(self.source.put_back, self.left)
+        if self.broken is not None:
+            raise self.broken
+
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start a task that ends with this work."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    async def take(self, done: list[Done]) -> Item | None:
+        """
+        Return a message that a worker could not send, or the next of the source.
+
+        :param done: to be told; emptied when it is.
+        """
+        if self.left:
+            return self.left.popleft()
+        async with self._callers_turn:
+            with _emptied(done) as told:
+                return await self._in_caller(self.source.take, told)
+
+    async def finish(self, done: list[Done]) -> None:
+        """Tell what became of the last messages; empties the list."""
+        async with self._callers_turn:
+            with _emptied(done) as told:
+                await self._in_caller(self.source.finish, told)
+
+    def get_help(self) -> None:
+        """Have further workers come, as many as the options allow."""
+        first = self._route.servers[0]
+        workers = first.max_connections
+        if first.rate_limit is not None:
+            # No more than the limit keeps busy: they would wait for each other.
+            workers = min(workers, int(first.rate_limit * first.timeout / 2))
+        for _ in range(workers - 1):
+            self._idle_helpers.add(self.start(self._help()))
+
+    async def _work(self, courier: Courier) -> None:
+        worker = _Worker(self, courier)
+        try:
+            await worker.run()
+        except Exception as broken:
+            self.broken = self.broken or broken
+            if isinstance(broken, CallerStopped):
+                self._cancel_others()
+        finally:
+            worker.stop()
+            # What is left is in the hands of others.
+            for helper in self._idle_helpers:
+                helper.cancel()
+            courier.finish()
+
+    async def _help(self) -> None:
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        courier = Courier(self._route, self._pools)
+        try:
+            await courier.prepare()
+        except errors.SMTPError:
+            # The first worker meets the same, and says so.
+            return
+        finally:
+            self._idle_helpers.discard(task)
+        await self._work(courier)
+
+    def _cancel_others(self) -> None:
+        for task in self._tasks - {asyncio.current_task()}:
+            task.cancel()
+
+    @property
+    def _is_stopped(self) -> bool:
+        """Whether no more user code may run."""
+        return isinstance(self.broken, CallerStopped)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()
+
+
+class _Worker:
+    """Sends one message while the next one is built."""
+
+    def __init__(self, work: _Work, courier: Courier) -> None:
+        self._work = work
+        self._courier = courier
+        self._done: list[Done] = []
+        self._ahead: asyncio.Task[Item | None] | None = None
+
+    async def run(self) -> None:
+        """Send until nothing is left, or nothing can be sent."""
+        work = self._work
+        work.at_work += 1
+        try:
+            await self._send_all()
+        except CallerStopped:
+            raise
+        except Exception as broken:
+            work.broken = work.broken or broken
+        finally:
+            work.at_work -= 1
+        if self._done:
+            await work.finish(self._done)
+
+    def stop(self) -> None:
+        """Note what could not be told in the caller's thread."""
+        _note(self._done)
+        if self._ahead is not None:
+            self._ahead.cancel()
+
+    async def _send_all(self) -> None:
+        work, courier = self._work, self._courier
+        item = await work.take(self._done)
+        while item is not None and work.ended_by is None:
+            if item.has_backlog:
+                work.get_help()
+            if not item.is_last and work.broken is None:
+                self._ahead = work.start(work.take(self._done))
+            delivery = await courier.deliver(item.envelope, self._built_ahead)
+            self._done.append((item, delivery))
+            error = delivery.error
+            if courier.is_cut_off(error):
+                work.ended_by = work.ended_by or error
+            item = await self._next()
+            if is_before_mail(error) and work.at_work > 1:
+                # The others have connections, and go on.
+                break
+        if item is not None:
+            work.left.append(item)
+
+    async def _next(self) -> Item | None:
+        item = None
+        if self._ahead is not None:
+            item = await self._ahead
+            self._ahead = None
+        if item is None and self._work.left:
+            item = self._work.left.popleft()
+        return item
+
+    def _built_ahead(self) -> Envelope | None:
+        """Return the next message, if it is built by now."""
+        ahead = self._ahead
+        if ahead is None or not ahead.done() or ahead.cancelled() or ahead.exception():
+            return None
+        item = ahead.result()
+        is_built = item is not None and isinstance(item.envelope, Envelope)
+        return cast("Envelope", item.envelope) if is_built and item else None
+
+
+@contextmanager
+def _emptied(done: list[Done]) -> Iterator[list[Done]]:
+    """Provide what is told in the caller's thread, even if it raises: only once."""
+    told = done[:]
+    done.clear()
+    try:
+        yield told
+    except BaseException:
+        _note(told)
+        raise
+
+
+def _note(done: list[Done]) -> None:
+    for item, delivery in done:
+        item.message.delivery = delivery  # type: ignore[attr-defined]
