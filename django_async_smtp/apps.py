@@ -11,7 +11,6 @@ class AsyncSMTPConfig(AppConfig):
     verbose_name = "Async SMTP"
 
     def ready(self) -> None:
-        from .checks import CHECKS
+        from .checks import check
 
-        for check in CHECKS:
-            checks.register(check, "mail")
+        checks.register(check, "mail")

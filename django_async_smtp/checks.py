@@ -5,8 +5,11 @@ warnings for what should not be. No network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import socket
+import ssl
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from django.conf import global_settings, settings
@@ -17,15 +20,16 @@ from django.core.mail.utils import DNS_NAME
 from django.utils.module_loading import import_string
 
 from . import options as opts
+from . import tls
 from .backend import Backend
 from .envelope import mailbox
 from .hints import is_this_machine
 
 DEFAULT_ALIAS: Final = "default"
 
-# Which ports are for which kind of TLS (RFC 8314).
+# Which ports are for which kind of TLS (RFC 8314). No standard says it of 2525.
 IMPLICIT_TLS_PORT: Final = 465
-STARTTLS_PORTS: Final = {25, 587, 2525}
+STARTTLS_PORTS: Final = {25, 587}
 
 # Postfix's default for one client (smtpd_client_connection_count_limit).
 MANY_CONNECTIONS: Final = 50
@@ -34,7 +38,18 @@ SERVERS_PATIENCE: Final = 300
 # Of a client whose idle connections are kept for more than a minute.
 MANY_IDLE_CONNECTIONS: Final = 20
 # Providers that document how many connections they allow at once.
-KNOWN_LIMITS: Final = {"smtp.office365.com": 3, "smtp-mail.outlook.com": 3}
+KNOWN_LIMITS: Final = {"smtp.office365.com": 3}
+
+FILES: Final = ("ssl_certfile", "ssl_keyfile", "ssl_cafile")
+# How text says no.
+NO: Final = {"0", "f", "false", "n", "no", "none", "off"}
+# What Django's backend takes as it comes.
+CONVERTED: Final[dict[str, Callable[[Any], Any]]] = {
+    "use_tls": bool,
+    "use_ssl": bool,
+    "username": str,
+    "password": str,
+}
 
 
 @dataclass(frozen=True)
@@ -45,14 +60,17 @@ class Mailer:
     :ivar alias: the key of MAILERS; "default" with ``EMAIL_*``.
     :ivar path: the backend's dotted path.
     :ivar values: its options as they are set, by name.
-    :ivar backend: the backend; None where it cannot be made.
-    :ivar route: its servers; None where it is no SMTP backend, or cannot be used.
+    :ivar backend_class: ours, Django's SMTP backend, or made from them; else None.
+    :ivar backend: None where it is another one, or cannot be made.
+    :ivar route: its servers; None where it is another backend, or cannot be used.
     :ivar error: why it cannot be made or used.
     """
 
     alias: str
     path: str
-    values: dict[str, Any]
+    # Passwords, too.
+    values: Mapping[str, Any] = field(repr=False)
+    backend_class: type[Any] | None = None
     backend: Any = None
     route: opts.Route | None = None
     error: Exception | None = None
@@ -60,267 +78,433 @@ class Mailer:
     def __str__(self) -> str:
         return f"MAILERS[{self.alias!r}]" if opts.uses_mailers() else "EMAIL settings"
 
-    def setting(self, name: str) -> str:
+    def setting(self, name: str, *, of_fallback: bool = False) -> str:
         """Return where an option is set."""
+        if of_fallback:
+            return f'"{name}" in {self.setting("fallbacks")}'
         return opts.setting(name, in_mailers=opts.uses_mailers())
 
     @property
     def servers(self) -> tuple[opts.Options, ...]:
-        """The options of its servers; none where it is no SMTP backend."""
+        """The options of its servers; none where it is another backend."""
         return self.route.servers if self.route is not None else ()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is this package's backend."""
+        return issubclass(self.backend_class or object, Backend)
 
 
 def aliases() -> list[str]:
     """Return the keys of MAILERS; with ``EMAIL_*`` "default" alone."""
-    return list(settings.MAILERS) if opts.uses_mailers() else [DEFAULT_ALIAS]
+    if not opts.uses_mailers():
+        return [DEFAULT_ALIAS]
+    # Django says what is wrong with another type.
+    return list(settings.MAILERS) if isinstance(settings.MAILERS, Mapping) else []
 
 
-def mailer(alias: str) -> Mailer:
-    """Return one of the project's mailers."""
-    path, values = _as_set(alias)
-    backend = None
+def mailer(alias: str, *, to_send: bool = True) -> Mailer:
+    """
+    Return one of the project's mailers.
+
+    :param to_send: make what sending needs and no check does: the name for EHLO, for
+        which the resolver is asked, and the TLS context.
+    """
+    path, backend_class, backend = "", None, None
+    values: dict[str, Any] = {}
     try:
-        if not issubclass(import_string(path), Backend | DjangoBackend):
+        path, values = _as_set(alias)
+        backend_class = _smtp_class(path)
+        if backend_class is None:
             return Mailer(alias, path, values)
         backend = _backend(alias)
-        return Mailer(alias, path, values, backend, route_of(backend))
-    except (ImproperlyConfigured, ImportError, OSError, TypeError, ValueError) as error:
-        return Mailer(alias, path, values, backend, error=error)
+        if not all(hasattr(backend, name) for name in opts.DJANGO_SETTINGS):
+            # A subclass that connects in its own way.
+            return Mailer(alias, path, values)
+        checked = _checked_route(backend)
+        route = route_of(backend) if to_send else checked
+        return Mailer(alias, path, values, backend_class, backend, route)
+    except Exception as error:
+        # A backend may be anyone's code.
+        return Mailer(alias, path, values, backend_class, backend, error=error)
 
 
 def route_of(backend: Any) -> opts.Route | None:
     """
     Return the servers of a backend, ours or Django's own; None: it is another one.
 
-    :raises ImproperlyConfigured: its settings cannot be used (``OSError``: nor can a
-        TLS file).
+    :raises ImproperlyConfigured: its settings cannot be used.
+    :raises OSError: nor can a TLS file.
     """
     if isinstance(backend, Backend):
         return backend.route()
     if not isinstance(backend, DjangoBackend):
         return None
-    values = dict.fromkeys(opts.TYPES) | {
-        name: getattr(backend, name) for name in opts.DJANGO_SETTINGS
-    }
     return opts.route(
-        values,
+        _values_of(backend),
         getattr(backend, "alias", None),
         local_hostname=DNS_NAME.get_fqdn(),
         context_for=lambda values: backend.ssl_context,
     )
 
 
+def _checked_route(backend: Any) -> opts.Route:
+    """Do as ``route_of`` for a check: no name of this machine, no authorities."""
+    own = Backend if isinstance(backend, Backend) else DjangoBackend
+    is_own_context = type(backend).ssl_context is own.ssl_context
+
+    def context_for(values: Mapping[str, Any]) -> ssl.SSLContext:
+        if is_own_context and any(values[name] for name in FILES):
+            return tls.client_context(*(values[name] for name in FILES))
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+    return opts.route(
+        _values_of(backend),
+        getattr(backend, "alias", None),
+        local_hostname="",
+        context_for=context_for,
+    )
+
+
+def _values_of(backend: Any) -> dict[str, Any]:
+    if isinstance(backend, Backend):
+        return {name: getattr(backend, name) for name in opts.TYPES}
+    found = {name: getattr(backend, name) for name in opts.DJANGO_SETTINGS}
+    for name, convert in CONVERTED.items():
+        if found[name] is not None:
+            found[name] = convert(found[name])
+    return dict.fromkeys(opts.TYPES) | found
+
+
 def _as_set(alias: str) -> tuple[str, dict[str, Any]]:
-    read: Any = settings
+    """Return the path of a mailer's backend, and its options."""
     if opts.uses_mailers():
-        config = read.MAILERS[alias]
+        config = settings.MAILERS[alias]
+        _check_dict("The mailer", config)
+        options = config.get("OPTIONS", {})
+        _check_dict("OPTIONS", options)
         path = config.get("BACKEND", f"{DjangoBackend.__module__}.EmailBackend")
-        return path, dict(config.get("OPTIONS", {}))
+        return str(path), dict(options)
     # Behind what warns, on Django 6.1.
-    read = settings._wrapped
-    names = opts.DJANGO_SETTINGS.items()
-    return read.EMAIL_BACKEND, {name: getattr(read, key) for name, key in names}
+    read: Any = settings._wrapped
+    values = {name: getattr(read, key) for name, key in opts.DJANGO_SETTINGS.items()}
+    extra = getattr(read, "ASYNC_SMTP", {})
+    # Another type is the backend's error.
+    extra = dict(extra) if isinstance(extra, Mapping) else {}
+    return str(read.EMAIL_BACKEND), extra | values
+
+
+def _check_dict(name: str, value: object) -> None:
+    if not isinstance(value, Mapping):
+        kind = type(value).__name__
+        raise ImproperlyConfigured(f"{name} must be a dict, not {kind}.")
+
+
+def _smtp_class(path: str) -> type[Any] | None:
+    """
+    Return the class of an SMTP backend; None: it is another backend.
+
+    :raises ImportError: it cannot be imported.
+    """
+    try:
+        found = import_string(path)
+    except Exception as error:
+        problem = f"{path} cannot be imported: {_with_type(error)}"
+        raise ImportError(problem) from error
+    is_smtp = isinstance(found, type) and issubclass(found, Backend | DjangoBackend)
+    return found if is_smtp else None
 
 
 def _backend(alias: str) -> Any:
-    if hasattr(mail, "mailers"):
+    if opts.uses_mailers():
         return mail.mailers[alias]
-    return mail.get_connection()
+    with warnings.catch_warnings():
+        # Of EMAIL_*, which Django 6.1 has warned of at startup.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", PendingDeprecationWarning)
+        return mail.get_connection()
 
 
-Concern = Callable[[Mailer], Iterator[checks.CheckMessage]]
-Check = Callable[..., list[checks.CheckMessage]]
+def _with_type(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
-def _for_every_mailer(concern: Concern) -> Check:
-    def check(app_configs: object, **kwargs: Any) -> list[checks.CheckMessage]:
-        return [message for alias in aliases() for message in concern(mailer(alias))]
+# What is wrong, and what to do.
+Problem = tuple[str, str]
+Concern = Callable[[Mailer], Iterator[Problem]]
 
-    # Not functools.wraps(): Django looks at the signature.
-    check.__name__, check.__doc__ = concern.__name__, concern.__doc__
-    return check
+
+def check(app_configs: object, **kwargs: Any) -> list[checks.CheckMessage]:
+    """Return what the checks say of all mailers."""
+    found: list[checks.CheckMessage] = []
+    for alias in aliases():
+        for message in problems(mailer(alias, to_send=False)):
+            # Of a setting that all mailers share, once.
+            if message not in found:
+                found.append(message)
+    return found
 
 
 def problems(one: Mailer) -> list[checks.CheckMessage]:
-    """Return all that the system checks say of one mailer."""
-    return [message for concern in CONCERNS for message in concern(one)]
+    """Return what the checks say of one mailer."""
+    return [
+        (checks.Error if key.startswith("E") else checks.Warning)(
+            problem,
+            hint=hint,
+            # Text: Django shows it, and so would what shows the message.
+            obj=None if key in SHARED else str(one),
+            id=f"django_async_smtp.{key}",
+        )
+        for key, concern in CONCERNS.items()
+        for problem, hint in concern(one)
+    ]
 
 
-def _error(number: int, mailer: Mailer, problem: str, hint: str) -> checks.Error:
-    return checks.Error(
-        problem, hint=hint, obj=mailer, id=f"django_async_smtp.E{number:03}"
-    )
+def unusable_options(one: Mailer) -> Iterator[Problem]:
+    """An option is unknown, or has a value that cannot be used."""
+    is_other = isinstance(one.error, ImportError) or _is_of_files(one)
+    if one.error is not None and not is_other and not any(_both_kinds_of_tls(one)):
+        yield (
+            f"Mail cannot be sent: {_told(one.error, one)}",
+            "Correct this setting; the README lists the options and their values.",
+        )
 
 
-def _warning(number: int, mailer: Mailer, problem: str, hint: str) -> checks.Warning:
-    return checks.Warning(
-        problem, hint=hint, obj=mailer, id=f"django_async_smtp.W{number:03}"
-    )
-
-
-def unusable_options(one: Mailer) -> Iterator[checks.CheckMessage]:
-    """E001: an option is unknown, or has a value that cannot be used."""
-    unusable = isinstance(one.error, ImproperlyConfigured | TypeError | ValueError)
-    if unusable and not _has_both_kinds_of_tls(one):
-        hint = "Correct this setting; the README lists the options and their values."
-        yield _error(1, one, f"Mail cannot be sent: {one.error}", hint)
-
-
-def both_kinds_of_tls(one: Mailer) -> Iterator[checks.CheckMessage]:
-    """E002: use_tls and use_ssl together."""
-    if _has_both_kinds_of_tls(one) and (one.error is not None or one.servers):
-        use_tls, use_ssl = one.setting("use_tls"), one.setting("use_ssl")
-        problem = f"Mail cannot be sent: {use_tls} and {use_ssl} are both set."
+def both_kinds_of_tls(one: Mailer) -> Iterator[Problem]:
+    """use_tls and use_ssl together."""
+    for use_tls, use_ssl in _both_kinds_of_tls(one):
         hint = f"Keep {use_ssl} for port 465, {use_tls} for 587 and 25."
-        yield _error(2, one, problem, hint)
+        yield f"Mail cannot be sent: {use_tls} and {use_ssl} are both set.", hint
 
 
-def unusable_tls_files(one: Mailer) -> Iterator[checks.CheckMessage]:
-    """E003: a certificate, key or CA file cannot be read or used."""
-    if isinstance(one.error, OSError):
-        names = ("ssl_certfile", "ssl_keyfile", "ssl_cafile")
-        hint = f"Check {', '.join(map(one.setting, names))}: path, rights and format."
-        yield _error(3, one, f"Mail cannot be sent: {one.error}", hint)
+def unusable_tls_files(one: Mailer) -> Iterator[Problem]:
+    """A certificate, key or CA file cannot be read or used."""
+    if _is_of_files(one):
+        names = ", ".join(dict.fromkeys(_files(one)))
+        hint = f"Check {names}: path, rights and format (PEM, no passphrase)."
+        yield f"Mail cannot be sent: {one.error}", hint
 
 
-def unknown_backend(one: Mailer) -> Iterator[checks.CheckMessage]:
-    """E004: the backend cannot be imported."""
+def unknown_backend(one: Mailer) -> Iterator[Problem]:
+    """The backend cannot be imported."""
     if isinstance(one.error, ImportError):
-        problem = f"Mail cannot be sent: {one.error}"
         setting = "BACKEND" if opts.uses_mailers() else "EMAIL_BACKEND"
-        hint = f'Set {setting} to "django_async_smtp.Backend".'
-        yield _error(4, one, problem, hint)
+        hint = f'Correct {setting}; it is "django_async_smtp.Backend" for this package.'
+        yield f"Mail cannot be sent: {one.error}", hint
 
 
-def senders_are_addresses(one: Mailer) -> Iterator[checks.CheckMessage]:
-    """E005: DEFAULT_FROM_EMAIL or SERVER_EMAIL is not one address."""
+def senders_are_addresses(one: Mailer) -> Iterator[Problem]:
+    """DEFAULT_FROM_EMAIL or SERVER_EMAIL is not one address."""
+    hint = 'Set it to one address: "me@example.com" or "Me <me@example.com>".'
     for name in ("DEFAULT_FROM_EMAIL", "SERVER_EMAIL") if one.servers else ():
+        address = getattr(settings, name)
+        if not address:
+            # Django takes DEFAULT_FROM_EMAIL for an empty SERVER_EMAIL.
+            if name == "DEFAULT_FROM_EMAIL":
+                yield f"{name} is empty.", hint
+            continue
         try:
-            mailbox(getattr(settings, name))
+            mailbox(address)
         except ValueError as error:
-            hint = 'Set it to one address: "me@example.com" or "Me <me@example.com>".'
-            yield _error(5, one, f"{name} is not one address: {error}", hint)
+            yield f"{name} is not one address: {error}.", hint
 
 
-def credentials_in_clear(one: Mailer) -> Iterator[checks.CheckMessage]:
-    """W001: a login without TLS to a host that is not this machine."""
+def credentials_in_clear(one: Mailer) -> Iterator[Problem]:
+    """A login without TLS to a host that is not this machine."""
     for server in one.servers:
-        if (
-            server.uses_login
-            and not (server.use_tls or server.use_ssl)
-            and not is_this_machine(server.host)
-        ):
-            yield _warning(
-                1,
-                one,
+        uses_tls = server.use_tls or server.use_ssl
+        if server.uses_login and not uses_tls and not is_this_machine(server.host):
+            use_tls, use_ssl = _settings(one, server, "use_tls", "use_ssl")
+            yield (
                 f"The password goes to {server.server} in clear, and so does the mail.",
-                f"Set {one.setting('use_tls')} (port 587) or {one.setting('use_ssl')} "
-                "(port 465).",
+                f"Set {use_tls} (port 587) or {use_ssl} (port 465).",
             )
 
 
-def half_a_login(one: Mailer) -> Iterator[checks.CheckMessage]:
-    """W002: a user name without a password, or the reverse: no login then."""
-    for server in one.servers:
-        if bool(server.username) != bool(server.password):
-            names = one.setting("username"), one.setting("password")
-            there, missing = names if server.username else reversed(names)
-            problem = f"{there} is set and {missing} is not: {server.server} gets mail "
-            hint = f"Set {missing}, or empty {there}."
-            yield _warning(2, one, f"{problem}without a login.", hint)
-
-
-def port_and_kind_of_tls(one: Mailer) -> Iterator[checks.CheckMessage]:
-    """W003: the port is that of another kind of TLS."""
-    use_tls, use_ssl, port = map(one.setting, ("use_tls", "use_ssl", "port"))
-    for server in one.servers:
-        if server.port == IMPLICIT_TLS_PORT and not server.use_ssl:
-            problem = "Port 465 speaks TLS from the start, which the settings do not."
-            hint = f"Set {use_ssl} instead of {use_tls}, or {port} to 587."
-            yield _warning(3, one, problem, hint)
-        elif server.port in STARTTLS_PORTS and server.use_ssl:
-            problem = f"Port {server.port} does not speak TLS from the start, as "
-            hint = f"Set {use_tls} instead of {use_ssl}, or {port} to 465."
-            yield _warning(3, one, f"{problem}{use_ssl} wants.", hint)
-
-
-def no_timeout(one: Mailer) -> Iterator[checks.CheckMessage]:
-    """W004: Django's own backend without a timeout waits for ever."""
-    if isinstance(one.backend, DjangoBackend) and one.backend.timeout is None:
-        setting = one.setting("timeout")
-        problem = (
-            f"{setting} is not set: {one.path} waits for ever for a silent server."
-        )
-        hint = (
-            f"Set {setting} to some seconds, or use django_async_smtp.Backend (60 s)."
-        )
-        yield _warning(4, one, problem, hint)
-
-
-def many_connections(one: Mailer) -> Iterator[checks.CheckMessage]:
-    """W005: more connections, or idle for longer, than servers let a client have."""
-    if isinstance(one.backend, DjangoBackend):
+def half_a_login(one: Mailer) -> Iterator[Problem]:
+    """A user name without a password, or the reverse: no login then."""
+    if _logs_in_otherwise(one):
         return
     for server in one.servers:
+        if bool(server.username) != bool(server.password):
+            there, missing = _settings(one, server, "username", "password")
+            if server.password:
+                there, missing = missing, there
+            yield (
+                f"{there} is set and {missing} is not: {server.server} gets mail "
+                "without a login.",
+                f"Set {missing}, or empty {there}.",
+            )
+
+
+def port_and_kind_of_tls(one: Mailer) -> Iterator[Problem]:
+    """The port is that of another kind of TLS."""
+    for server in one.servers:
+        use_tls, use_ssl, port = _settings(one, server, "use_tls", "use_ssl", "port")
+        problem = f"Port {server.port} of {server.host}"
+        if server.port == IMPLICIT_TLS_PORT and not server.use_ssl:
+            use_it = f"{use_ssl} instead of {use_tls}" if server.use_tls else use_ssl
+            yield (
+                f"{problem} is for TLS from the start, and {use_ssl} is not set.",
+                f"Set {use_it}, or {port} to 587.",
+            )
+        elif server.port in STARTTLS_PORTS and server.use_ssl:
+            yield (
+                f"{problem} is not for TLS from the start, and {use_ssl} is set.",
+                f"Set {use_tls} instead of {use_ssl}, or {port} to 465.",
+            )
+
+
+def no_timeout(one: Mailer) -> Iterator[Problem]:
+    """Django's own backend without a timeout waits for ever."""
+    if (
+        isinstance(one.backend, DjangoBackend)
+        and one.backend.timeout is None
+        and socket.getdefaulttimeout() is None
+        and _is_configured()
+    ):
+        timeout = one.setting("timeout")
+        yield (
+            f"{timeout} is not set: {one.path} waits for ever for a silent server.",
+            f"Set {timeout} to some seconds, or use django_async_smtp.Backend (60 s).",
+        )
+
+
+def many_connections(one: Mailer) -> Iterator[Problem]:
+    """More connections, or idle for longer, than servers let a client have."""
+    for server in one.servers if one.is_ours else ():
         problem = _of_connections(server)
         if problem:
-            names = one.setting("max_connections"), one.setting("idle_timeout")
-            hint = f"Lower {names[0]} or {names[1]}; they count for each process."
-            yield _warning(5, one, problem, hint)
+            names = _settings(one, server, "max_connections", "idle_timeout")
+            hint = f"Lower {' or '.join(names)}; each process has connections of its"
+            yield problem, f"{hint} own."
 
 
 def _of_connections(server: opts.Options) -> str:
     count, idle = server.max_connections, server.idle_timeout
-    known = KNOWN_LIMITS.get(server.host.lower())
+    known = KNOWN_LIMITS.get(server.host.lower().rstrip("."))
     if known is not None and count > known:
         return f"{server.host} allows {known} connections at once, not {count}."
     if count > MANY_CONNECTIONS:
-        return f"{count} connections at once are more than most servers allow a client."
+        problem = f"{count} connections at once to {server.host} are more than most"
+        return f"{problem} servers allow a client."
     if idle >= SERVERS_PATIENCE:
-        return f"Servers end idle connections before {idle:g} s are over."
+        problem = f"Connections to {server.host} are kept idle for {idle:g} s; servers"
+        return f"{problem} may end them after {SERVERS_PATIENCE} s."
     if count > MANY_IDLE_CONNECTIONS and idle > 60:
-        return f"{count} connections kept idle for {idle:g} s are too many."
+        problem = f"Up to {count} connections to {server.host} are kept idle for"
+        return f"{problem} {idle:g} s: servers that count them refuse more."
     return ""
 
 
-def strings_for_booleans(one: Mailer) -> Iterator[checks.CheckMessage]:
-    """W006: "False" is true."""
-    for name in ("use_tls", "use_ssl"):
+def strings_for_booleans(one: Mailer) -> Iterator[Problem]:
+    """A string counts as True, and so does "False"."""
+    is_smtp = one.backend_class is not None
+    for name in ("use_tls", "use_ssl") if is_smtp and not _is_strict(one) else ():
         value = one.values.get(name)
-        if isinstance(value, str) and value and one.servers:
-            problem = f"{one.setting(name)} is a string, and so counts as True"
-            if value.lower() in {"false", "0", "no", "off"}:
-                problem += f", even {value!r}"
-            hint = "Set True or False: of an environment variable, compare the text."
-            yield _warning(6, one, f"{problem}.", hint)
+        if isinstance(value, str) and value:
+            # Any other text may be a password.
+            even = f", even {value!r}" if value.strip().lower() in NO else ""
+            yield (
+                f"{one.setting(name)} is a string, and so counts as True{even}.",
+                "Set True or False. An environment variable is text: compare it.",
+            )
 
 
-def default_sender(one: Mailer) -> Iterator[checks.CheckMessage]:
-    """W007: nobody has set DEFAULT_FROM_EMAIL."""
+def default_sender(one: Mailer) -> Iterator[Problem]:
+    """Nobody has set DEFAULT_FROM_EMAIL."""
     default = global_settings.DEFAULT_FROM_EMAIL
     if one.servers and default == settings.DEFAULT_FROM_EMAIL:
-        problem = (
-            f"DEFAULT_FROM_EMAIL is still {default}: servers refuse it as a sender."
+        yield (
+            f"DEFAULT_FROM_EMAIL is still {default}: most servers refuse this sender.",
+            "Set it to an address of your domain.",
         )
-        yield _warning(7, one, problem, "Set it to an address of your domain.")
 
 
-CONCERNS: Final[tuple[Concern, ...]] = (
-    unusable_options,
-    both_kinds_of_tls,
-    unusable_tls_files,
-    unknown_backend,
-    senders_are_addresses,
-    credentials_in_clear,
-    half_a_login,
-    port_and_kind_of_tls,
-    no_timeout,
-    many_connections,
-    strings_for_booleans,
-    default_sender,
-)
-CHECKS: Final = tuple(_for_every_mailer(concern) for concern in CONCERNS)
+CONCERNS: Final[dict[str, Concern]] = {
+    "E001": unusable_options,
+    "E002": both_kinds_of_tls,
+    "E003": unusable_tls_files,
+    "E004": unknown_backend,
+    "E005": senders_are_addresses,
+    "W001": credentials_in_clear,
+    "W002": half_a_login,
+    "W003": port_and_kind_of_tls,
+    "W004": no_timeout,
+    "W005": many_connections,
+    "W006": strings_for_booleans,
+    "W007": default_sender,
+}
+# Those of settings that all mailers share.
+SHARED: Final = {"E005", "W007"}
 
 
-def _has_both_kinds_of_tls(one: Mailer) -> bool:
-    return bool(one.values.get("use_tls") and one.values.get("use_ssl"))
+def _told(error: Exception, one: Mailer) -> str:
+    """Return what an error says of a mailer."""
+    if isinstance(error, ImproperlyConfigured):
+        return str(error).removeprefix(f"{one}: ")
+    # Of a subclass: nobody knows what it tells.
+    told = _with_type(error)
+    secret = str(one.values.get("password") or "")
+    return type(error).__name__ if secret and secret in told else told
+
+
+def _settings(one: Mailer, server: opts.Options, *names: str) -> list[str]:
+    """Return where options of a server are set; of a fallback: where they can be."""
+    of_fallback = server is not one.servers[0]
+    return [one.setting(name, of_fallback=of_fallback) for name in names]
+
+
+def _sources(one: Mailer) -> Iterator[tuple[Mapping[str, Any], bool]]:
+    """Return what is set for the first server, then for fallbacks (True)."""
+    yield one.values, False
+    fallbacks = one.values.get("fallbacks")
+    for fallback in fallbacks if isinstance(fallbacks, list | tuple) else ():
+        if isinstance(fallback, Mapping):
+            yield fallback, True
+
+
+def _both_kinds_of_tls(one: Mailer) -> Iterator[list[str]]:
+    """Return the names of the settings where both are set."""
+    if one.error is None or one.backend_class is None:
+        return
+    names = ("use_tls", "use_ssl")
+    for values, of_fallback in _sources(one):
+        found = [values.get(name) for name in names]
+        is_strict = _is_strict(one) or of_fallback
+        if all(value is True if is_strict else value for value in found):
+            yield [one.setting(name, of_fallback=of_fallback) for name in names]
+
+
+def _files(one: Mailer) -> list[str]:
+    """Return where the TLS files are set that are."""
+    return [
+        one.setting(name, of_fallback=of_fallback)
+        for values, of_fallback in _sources(one)
+        for name in FILES
+        if values.get(name)
+    ]
+
+
+def _is_of_files(one: Mailer) -> bool:
+    return isinstance(one.error, OSError) and bool(_files(one))
+
+
+def _is_strict(one: Mailer) -> bool:
+    """Whether only True is true: our backend, in MAILERS."""
+    return opts.uses_mailers() and one.is_ours
+
+
+def _is_configured() -> bool:
+    """Whether the project says anything about mail."""
+    names = ("EMAIL_BACKEND", *opts.DJANGO_SETTINGS.values())
+    return opts.uses_mailers() or any(map(settings.is_overridden, names))
+
+
+def _logs_in_otherwise(one: Mailer) -> bool:
+    """Whether it connects in its own way, as classes for OAuth do."""
+    backend = one.backend
+    return (
+        isinstance(backend, DjangoBackend)
+        and type(backend).open is not DjangoBackend.open
+    )
