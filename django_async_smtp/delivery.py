@@ -67,6 +67,10 @@ class Delivery:
     error: Exception | None = None
 
 
+def _nothing() -> None:
+    """Stand in for a message that is not there."""
+
+
 class Courier:
     """
     Sends one message after another.
@@ -83,7 +87,7 @@ class Courier:
         self.attempts = 0
         self._pool = pools[0]
         self._begun_on: Session | None = None
-        self._upcoming: Upcoming = lambda: None
+        self._upcoming: Upcoming = _nothing
 
     async def prepare(self) -> None:
         """Have a session ready ahead of the first message."""
@@ -105,7 +109,7 @@ class Courier:
         return error.stage not in {"greeting", "ehlo"} or not self._pool.has_session
 
     async def deliver(
-        self, envelope: Envelope | Exception | None, upcoming: Upcoming = lambda: None
+        self, envelope: Envelope | Exception | None, upcoming: Upcoming = _nothing
     ) -> Delivery:
         """
         Send an envelope, as often as the route allows; never raises SMTPError.
@@ -129,6 +133,9 @@ class Courier:
             outcome = _failure(error)
         else:
             self._pool.counts.messages += 1
+        finally:
+            # It leads back to whoever holds this courier.
+            self._upcoming = _nothing
         return replace(
             outcome,
             server=self._pool.options.server,
