@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak lint format clean
+.PHONY: demo test soak bench profile lint format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python example_project/demo.py
@@ -17,6 +17,14 @@ test: lint
 soak: $(VENV)/.ready
 	SOAK_MESSAGES=20000 $(BIN)/pytest -q -rP tests/test_faults.py -k long_run
 
+# All cases, or some: make bench CASES="batch loopback_batch"
+bench: $(VENV)/.bench benchmarks/peers/node_modules
+	$(BIN)/python -m benchmarks $(CASES) --json build/benchmarks.json --chart docs/benchmarks.svg
+
+# Where the CPU goes in one send_messages().
+profile: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.cpu_profile
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -27,7 +35,7 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .tox build dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .tox build dist benchmarks/peers/node_modules .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Built anew where it is missing, half made, or older than the metadata.
@@ -36,3 +44,11 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
+
+$(VENV)/.bench: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	touch $@
+
+# nodemailer, which the benchmarks skip where it cannot be had.
+benchmarks/peers/node_modules: benchmarks/peers/package.json
+	-cd $(@D) && npm install --silent --no-package-lock --no-audit --no-fund && touch $(@F)

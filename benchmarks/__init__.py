@@ -1,0 +1,1 @@
+"""Benchmarks against Django's own backend and nodemailer; see `make bench`."""
