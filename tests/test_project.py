@@ -28,6 +28,7 @@ ORDER = [
     "session",
     "pipelining",
     "envelope",
+    "policy",
     "tls",
     "options",
     "signals",
