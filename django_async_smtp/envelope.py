@@ -7,12 +7,13 @@ import re
 from dataclasses import dataclass
 from email.headerregistry import Address, AddressHeader
 from email.message import Message
+from functools import lru_cache
 from typing import Any, Final
 
 from django.core.mail import EmailMessage
 from django.utils.encoding import force_str, punycode
 
-from .policy import SMTP, SMTPUTF8
+from .policy import KEPT_HEADERS, KEPT_LENGTH, SMTP, SMTPUTF8, plain_mailbox
 
 # The stdlib's words, its stray parenthesis included.
 _NOT_ASCII = "local-part contains non-ASCII characters)"
@@ -80,6 +81,15 @@ def mailbox(address: object) -> str:
     :raises ValueError: it is no address, more than one, or holds a line break.
     """
     text = force_str(address)
+    if plain := plain_mailbox(text):
+        return "@".join(plain[1:])
+    if type(text) is str and len(text) <= KEPT_LENGTH:
+        return kept_mailbox(text)
+    return parsed_mailbox(text)
+
+
+def parsed_mailbox(text: str) -> str:
+    """Return the addr-spec of an address in whichever form."""
     if "\r" in text or "\n" in text:
         # The parser takes one behind a space for folding.
         raise ValueError(f"Invalid address {text!r}: line break")
@@ -105,6 +115,9 @@ def mailbox(address: object) -> str:
     if not spec.isprintable():
         raise ValueError(f"Invalid address {text!r}: control character")
     return spec
+
+
+kept_mailbox = lru_cache(maxsize=KEPT_HEADERS)(parsed_mailbox)
 
 
 def content(message: EmailMessage, *, utf8: bool) -> bytes:

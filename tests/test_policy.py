@@ -21,7 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from django_async_smtp import policy
-from django_async_smtp.envelope import TAKES_POLICY
+from django_async_smtp.envelope import (
+    TAKES_POLICY,
+    kept_mailbox,
+    mailbox,
+    parsed_mailbox,
+)
 from django_async_smtp.policy import (
     KEPT_FOLDS,
     KEPT_HEADERS,
@@ -30,6 +35,7 @@ from django_async_smtp.policy import (
     SMTP,
     SMTPUTF8,
     CachingRegistry,
+    plain_mailbox,
 )
 
 # Each of ours with the one that it must equal.
@@ -49,6 +55,7 @@ def _nothing_kept() -> Iterator[None]:
 
 def forget() -> None:
     policy._slot.cache_clear()
+    kept_mailbox.cache_clear()
 
 
 def outcome(make: Callable[[], object]) -> object:
@@ -454,6 +461,8 @@ def test_a_str_subclass_is_not_kept() -> None:
     for name in ("X-Thing", "To"):
         assert seen(SMTP, name, header) == seen(email.policy.SMTP, name, header)
     assert policy._slot.cache_info().currsize == 0
+    assert mailbox(header) == "a@b"
+    assert kept_mailbox.cache_info().currsize == 0
 
 
 @pytest.mark.parametrize(
@@ -580,3 +589,39 @@ def test_threads_get_the_same_bytes_as_one_alone() -> None:
         sys.setswitchinterval(interval)
     assert wrong == []
     assert policy._slot.cache_info().currsize <= KEPT_HEADERS
+
+
+@settings(max_examples=500, deadline=None)
+@given(address=MAILBOXES | ADDR_SPECS | WORDS | ODD)
+def test_a_plain_mailbox_is_what_the_parser_finds(address: str) -> None:
+    shortcut = outcome(lambda: mailbox(address))
+    assert shortcut == outcome(lambda: parsed_mailbox(address))
+    assert shortcut == outcome(lambda: mailbox(address)), "a mailbox that was kept"
+
+
+@given(address=PLAIN_MAILBOXES.filter(lambda text: "=?" not in text))
+def test_a_plain_mailbox_is_known_for_one(address: str) -> None:
+    plain = plain_mailbox(address)
+    assert plain is not None
+    assert address in ("@".join(plain[1:]), f"{plain[0]} <{plain[1]}@{plain[2]}>")
+
+
+def test_mailboxes_that_are_kept_are_bounded() -> None:
+    for number in range(KEPT_HEADERS + 10):
+        assert mailbox(f"ü <a{number}@b>") == f"a{number}@b"
+    assert kept_mailbox.cache_info().currsize == KEPT_HEADERS
+    kept_mailbox.cache_clear()
+    mailbox("ü" * KEPT_LENGTH + " <a@b>")
+    mailbox("a@b")
+    assert kept_mailbox.cache_info().currsize == 0
+
+
+def test_an_address_that_is_refused_is_not_kept() -> None:
+    errors = []
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Invalid address") as raised:
+            mailbox("a@b@c")
+        errors.append(raised.value)
+    assert errors[0] is not errors[1]
+    assert str(errors[0]) == str(errors[1])
+    assert kept_mailbox.cache_info().currsize == 0
