@@ -33,6 +33,7 @@ ORDER = [
     "opening",
     "pipelining",
     "envelope",
+    "policy",
     "tls",
     "options",
     "signals",
