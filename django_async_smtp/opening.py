@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,6 +30,9 @@ Address = tuple[Any, Any, int, str, Any]
 
 # Seconds between the attempts on a host's several addresses (RFC 8305).
 ATTEMPT_DELAY: Final = 0.25
+
+# Seconds that a transport gets to notice the end of its connection.
+ABORT_DELAY: Final = 0.05
 
 # As in smtplib and aiosmtplib, the method that does not show the password first.
 AUTH_METHODS: Final = ("cram-md5", "plain", "login")
@@ -79,7 +84,14 @@ class Opening:
         if self._socket is not None:
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
-            asyncio.get_running_loop().call_later(0.05, self._socket.close)
+            loop = asyncio.get_running_loop()
+            loop.call_later(ABORT_DELAY, self._socket.close)
+
+    async def aclose(self) -> None:
+        """Close as ``abort`` does, and wait for it, for a loop that ends then."""
+        self.abort()
+        if self._socket is not None and self._socket.fileno() != -1:
+            await asyncio.sleep(ABORT_DELAY)
 
     async def greeting(self) -> aiosmtplib.SMTPResponse:
         """Read the greeting, with ``use_ssl`` after a TLS handshake."""
@@ -295,17 +307,37 @@ async def connect(options: Options) -> socket.socket:
 async def resolve(options: Options) -> list[Address]:
     """Return the host's addresses, in the system's order of preference."""
     host, port = options.host, options.port
-    with suppress(socket.gaierror):
+    try:
         # An address needs no DNS, and so no thread.
         return socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
         )
-    loop = asyncio.get_running_loop()
+    except UnicodeError:
+        # As in "smtp..example.com".
+        raise socket.gaierror(socket.EAI_NONAME, "not a host name") from None
+    except socket.gaierror:
+        return await _looked_up(host, port)
+
+
+async def _looked_up(host: str, port: int) -> list[Address]:
+    answer: Future[list[Address]] = Future()
+
+    def look_up() -> None:
+        if answer.set_running_or_notify_cancel():
+            try:
+                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                answer.set_result(found)
+            except BaseException as error:
+                answer.set_exception(error)
+
     try:
-        return await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # Not a thread of an executor: a process waits for those before it ends, and
+        # DNS that does not answer would hold it up after the time limit.
+        threading.Thread(target=look_up, daemon=True).start()
     except RuntimeError:
         # At exit no thread can be started any more, and nobody else has to wait.
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        look_up()
+    return await asyncio.wrap_future(answer)
 
 
 async def _first_to_answer(
@@ -366,7 +398,7 @@ async def connect_to(
         await asyncio.get_running_loop().sock_connect(sock, target)
     except OSError as error:
         sock.close()
-        if error.errno is not None:
+        if error.errno is not None and not isinstance(error, socket.gaierror):
             # asyncio's words leave out what happened.
             error.strerror = os.strerror(error.errno)
         raise
