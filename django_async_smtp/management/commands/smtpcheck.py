@@ -172,7 +172,21 @@ async def _check(
                 async for report in reports:
                     output.stage(report, options["transcript"])
                     worst.note(report)
+        elif first.state == "failed":
+            for report in _out_of_reach(options["until"]):
+                output.stage(report, options["transcript"])
         output.end()
+
+
+def _out_of_reach(until: str | None) -> list[StageReport]:
+    """Return the stages behind settings that cannot be used."""
+    why = Finding("not reached: settings failed", "skipped")
+    names: list[str] = [stage for stage in STAGES if stage != "connections"]
+    if until == "settings":
+        names = []
+    elif until in names:
+        names = names[: names.index(until) + 1]
+    return [StageReport(name, (why,)) for name in names]
 
 
 def _stages(
@@ -183,7 +197,7 @@ def _stages(
         until=options["until"],
         senders=_senders(),
         recipient=options["to"],
-        message=_message(mailer, server, options["to"]) if options["send"] else None,
+        message=_message(mailer, server, options) if options["send"] else None,
         connections=options["connections"],
         timeout=options["timeout"],
         cert_days=options["cert_days"],
@@ -218,12 +232,20 @@ def _senders() -> dict[str, str]:
     return found
 
 
-def _message(mailer: checks.Mailer, server: Options, to: str) -> Envelope:
+def _message(
+    mailer: checks.Mailer, server: Options, options: dict[str, Any]
+) -> Envelope | None:
+    """Return the test message; None where DEFAULT_FROM_EMAIL is no address."""
     text = (
         f"This is a test message of manage.py smtpcheck.\n\n"
         f"Mailer: {mailer.alias}\nServer: {server.server}\n"
     )
-    return prepare(EmailMessage("smtpcheck: mail works", text, to=[to]))
+    message = EmailMessage("smtpcheck: mail works", text, to=[options["to"]])
+    try:
+        return prepare(message)
+    except ValueError:
+        # The settings stage has said so.
+        return None
 
 
 class _Worst:
@@ -331,14 +353,14 @@ class _Text:
             else (f"{mailer.alias}: {server.server}, {_security(server)}")
         )
         self._reports = []
-        self._write(self._printable(self._title))
+        self._paragraph(self._title, str)
 
     def stage(self, report: StageReport, transcript: bool) -> None:
         self._reports.append(report)
         style = self._styles[report.state]
         head = f"  {self._signs[report.state]} {report.stage:<{NAME_WIDTH}}"
         texts = [self._printable(finding.text) for finding in report.findings]
-        first, *others = _wrapped(texts, len(head), TIME_WIDTH + BAR_WIDTH)
+        first, *others = _wrapped(texts, WIDTH - len(head), TIME_WIDTH + BAR_WIDTH)
         width = WIDTH - len(head) - TIME_WIDTH - BAR_WIDTH
         took = self._took(report)
         self._write(f"{style(head)}{first:<{width}}{took}".rstrip())
@@ -347,13 +369,12 @@ class _Text:
         for hint in dict.fromkeys(finding.hint for finding in report.findings):
             self._hint(hint, len(head))
         for line in report.transcript if transcript else ():
-            self._write(f"      {self._printable(line)}")
+            self._paragraph(line, str, " " * 6)
 
     def end(self) -> None:
         states = [report.state for report in self._reports]
         overall = _overall(states)
-        verdict = self._verdict(overall)
-        self._write(self._styles[overall](self._printable(verdict)))
+        self._paragraph(self._verdict(overall), self._styles[overall])
 
     def close(self, exit_status: int) -> None:
         if exit_status:
@@ -371,23 +392,29 @@ class _Text:
         if failed:
             parts.append(f"{', '.join(failed)} failed")
         verdict = f"{'; '.join(parts)}."
-        needed = [stage for stage in failed if stage not in SIDE_STAGES]
-        return f"Mail cannot be sent: {verdict}" if needed else verdict
+        if any(map(_stops_mail, self._reports)):
+            return f"Mail cannot be sent: {verdict}"
+        return verdict if failed or warned else f"No problem found: {verdict}"
+
+    def _paragraph(
+        self, text: str, style: Callable[[str], str], lead: str = ""
+    ) -> None:
+        """Write a text as lines; ``lead`` begins the first, spaces the others."""
+        width = WIDTH - len(lead)
+        lines = textwrap.wrap(self._printable(text), width, break_on_hyphens=False)
+        for line in lines:
+            self._write(style(lead + line))
+            lead = " " * len(lead)
 
     def _hint(self, hint: str, indent: int) -> None:
-        mark = f"{self._arrow} "
-        lines = textwrap.wrap(
-            self._printable(hint), WIDTH - indent - len(mark), break_on_hyphens=False
-        )
-        for number, line in enumerate(lines):
-            lead = " " * len(mark) if number else mark
-            self._write(" " * indent + self._hint_style(lead + line))
+        self._paragraph(hint, self._hint_style, f"{' ' * indent}{self._arrow} ")
 
     def _took(self, report: StageReport) -> str:
         if report.state == "skipped":
             return ""
-        milliseconds = f"{report.seconds * 1000:.0f} ms"
-        return f"{milliseconds:>{TIME_WIDTH - 1}} {self._bar(report.seconds)}"
+        seconds = report.seconds
+        time = f"{seconds * 1000:.0f} ms" if seconds < 100 else f"{seconds:.0f} s"
+        return f"{time:>{TIME_WIDTH - 1}} {self._bar(seconds)}"
 
     def _bar(self, seconds: float) -> str:
         filled = min(seconds / BAR_SECONDS, 1.0) * BAR_WIDTH
@@ -413,13 +440,28 @@ class _Text:
         self._out.flush()
 
 
-def _wrapped(texts: list[str], indent: int, first_margin: int) -> list[str]:
+def _wrapped(texts: list[str], width: int, first_margin: int) -> list[str]:
     """Return the lines of the texts, the first one with room left behind it."""
-    first, *others = texts
-    width = WIDTH - indent
-    start, *rest = textwrap.wrap(first, width - first_margin) or [""]
-    lines = [start, *textwrap.wrap(" ".join(rest), width)]
-    return lines + [line for text in others for line in textwrap.wrap(text, width)]
+    room = " " * first_margin
+    lines: list[str] = []
+    for text in texts:
+        # The room is taken as an indentation, and given back.
+        found = textwrap.wrap(
+            text,
+            width,
+            initial_indent="" if lines else room,
+            break_on_hyphens=False,
+        )
+        lines += found if lines else [line.removeprefix(room) for line in found]
+    return lines or [""]
+
+
+def _stops_mail(report: StageReport) -> bool:
+    """Whether no mail can be sent because of what a stage found."""
+    # Mail goes out from the first sender's address.
+    is_other_sender = report.stage == "sender" and report.findings[0].state == "ok"
+    is_side = report.stage in SIDE_STAGES or is_other_sender
+    return report.state == "failed" and not is_side
 
 
 def _overall(states: Sequence[str]) -> State:
