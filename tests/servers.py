@@ -11,8 +11,8 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -195,6 +195,16 @@ class Action:
 
 CLOSE = Action("CLOSE")  # FIN
 RESET = Action("RESET")  # RST
+
+
+class Pause(Action):
+    """Seconds without an answer."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"Pause({seconds})")
+        self.seconds = seconds
+
+
 SILENCE = Action("SILENCE")  # nothing more, until the client or the test ends
 DEAF = Action("DEAF")  # as SILENCE, and it reads nothing
 READ = Action("READ")  # the client's next line
@@ -415,6 +425,9 @@ class _Connection:
             if isinstance(step, bytes):
                 self.say(step)
                 sent = step
+            elif isinstance(step, Pause):
+                self.flush()
+                time.sleep(step.seconds)
             elif step is READ:
                 self.server.lines.append(self.read_line())
             elif step is SILENCE:
@@ -518,6 +531,16 @@ class _Connection:
         if not data:
             raise _Closed
         self.buffer += data
+
+
+@contextmanager
+def address_without_answer() -> Iterator[tuple[str, int]]:
+    """Yield an address where connecting takes forever: its queue is full."""
+    with socket.socket() as listener, socket.socket() as queued:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        queued.connect(listener.getsockname())
+        yield listener.getsockname()
 
 
 def is_listening(port: int) -> bool:
