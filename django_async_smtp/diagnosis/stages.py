@@ -120,6 +120,8 @@ class _Diagnosis:
         self._session: Session | None = None
         self._others: list[Session] = []
         self._addresses: list[Address] = []
+        # Whether a reply may still be due.
+        self._is_broken_off = False
         # Why the later stages are out of reach.
         self._obstacle = ""
 
@@ -137,34 +139,42 @@ class _Diagnosis:
         is_apart = stage == "connections" and self._session is not None
         if self._obstacle and not is_apart:
             return StageReport(stage, (Finding(self._obstacle, "skipped"),))
-        run: Callable[[], Awaitable[list[Finding]]] = getattr(self, stage)
         start = time.monotonic()
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                findings = await run()
-        except errors.SMTPError as error:
-            findings = [failed(error, self._options)]
-        except Obstacle as obstacle:
-            findings = obstacle.findings
-        except TimeoutError:
-            text = f"not finished within the check's {self._timeout:g} s"
-            findings = [self._advised(text, "failed", "check-timeout")]
+        found = await self._findings(stage)
         seconds = time.monotonic() - start
-        harmless = tuple(replace(f, text=self._harmless(f.text)) for f in findings)
-        report = StageReport(stage, harmless, seconds, tuple(self._lines))
+        findings = tuple(replace(f, text=self._harmless(f.text)) for f in found)
+        report = StageReport(stage, findings, seconds, tuple(self._lines))
         self._lines.clear()
         # With the first sender's address, mail can be sent.
-        is_over = harmless[0].state == "failed" or stage != "sender"
+        is_over = findings[0].state == "failed" or stage != "sender"
         if report.state == "failed" and is_over:
             self._obstacle = f"not reached: {stage} failed"
         return report
+
+    async def _findings(self, stage: StageName) -> list[Finding]:
+        run: Callable[[], Awaitable[list[Finding]]] = getattr(self, stage)
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await run()
+        except errors.SMTPError as error:
+            return [failed(error, self._options)]
+        except Obstacle as obstacle:
+            return obstacle.findings
+        except TimeoutError:
+            self._is_broken_off = True
+            text = f"not finished within the check's {self._timeout:g} s"
+            return [self._advised(text, "failed", "check-timeout")]
+        except asyncio.CancelledError:
+            self._is_broken_off = True
+            raise
 
     async def aclose(self) -> None:
         """Say QUIT where a server listens, and close."""
         try:
             await self._stop_reading()
             client = self._opening.client
-            if self._session is None and client.is_connected:
+            is_idle = client.is_connected and not self._is_broken_off
+            if self._session is None and is_idle:
                 self._session = Session(self._options, client)
             if self._session is not None:
                 self._others.append(self._session)
@@ -322,6 +332,7 @@ class _Diagnosis:
             await asyncio.wait({reading, secured}, return_when="FIRST_COMPLETED")
         finally:
             secured.cancel()
+            await asyncio.wait({secured})
         if reading.done() and not self._opening.client.secured.is_set():
             await reading
 
@@ -391,15 +402,9 @@ class _Diagnosis:
         return findings or [Finding("no address to try", "skipped")]
 
     async def _of_sender(self, setting: str, address: str) -> Finding:
-        try:
-            found = await self._rehearsed(address)
-        except errors.SMTPError as error:
-            found = failed(error, self._options)
-            hint = found.hint.replace("DEFAULT_FROM_EMAIL", setting)
-            found = replace(found, hint=hint)
-        except Obstacle as obstacle:
-            (found,) = obstacle.findings
-        return replace(found, text=f"{setting} {address}: {found.text}")
+        found = await self._rehearsed(address)
+        hint = found.hint.replace("DEFAULT_FROM_EMAIL", setting)
+        return replace(found, text=f"{setting} {address}: {found.text}", hint=hint)
 
     async def recipient(self) -> list[Finding]:
         request = self._request
@@ -412,6 +417,10 @@ class _Diagnosis:
     async def _rehearsed(self, sender: str, recipient: str | None = None) -> Finding:
         try:
             reply = await self._ready().rehearse(sender, recipient)
+        except errors.SMTPError as error:
+            return failed(error, self._options)
+        except Obstacle as obstacle:
+            return obstacle.findings[0]
         except ValueError as error:
             if f"{sender}{recipient}".isascii():
                 return Finding(str(error), "failed")
