@@ -610,22 +610,38 @@ def test_wrong_usage_makes_no_connection(
         assert server.connections == 0
 
 
-def from_the_command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parent.parent
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, "-m", "django", "smtpcheck", *arguments],
-        env={
-            **os.environ,
-            "DJANGO_SETTINGS_MODULE": "tests.settings",
-            "PYTHONPATH": path,
-            "PYTHONIOENCODING": "ascii",
-        },
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def command_line(tmp_path: Path) -> CommandLine:
+    """Run it in a process of its own, for a project with a server."""
+
+    def run(port: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+        options = {"host": "127.0.0.1", "port": port}
+        mail = (
+            f"MAILERS = {{'default': {{'BACKEND': {OURS!r}, 'OPTIONS': {options}}}}}"
+            if USES_MAILERS
+            else f"EMAIL_HOST = '127.0.0.1'\nEMAIL_PORT = {port}"
+        )
+        (tmp_path / "project.py").write_text(f"from tests.settings import *\n{mail}\n")
+        root = Path(__file__).parent.parent
+        path = (str(tmp_path), str(root), os.environ.get("PYTHONPATH", ""))
+        return subprocess.run(
+            [sys.executable, "-m", "django", "smtpcheck", *arguments],
+            env={
+                **os.environ,
+                "DJANGO_SETTINGS_MODULE": "project",
+                "PYTHONPATH": os.pathsep.join(filter(None, path)),
+                "PYTHONIOENCODING": "ascii",
+            },
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -637,28 +653,36 @@ def from_the_command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_wrong_usage_is_status_1_from_the_command_line(
-    arguments: list[str], said: str
+    arguments: list[str], said: str, command_line: CommandLine
 ) -> None:
-    done = from_the_command_line(*arguments)
+    done = command_line(25, *arguments)
     assert done.returncode == 1
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
 
 
-def test_it_runs_from_the_command_line() -> None:
-    done = from_the_command_line("--until", "settings")
-    assert done.stdout.splitlines()[-1].endswith("1 passed."), done
+def test_it_runs_from_the_command_line(command_line: CommandLine) -> None:
+    with ScriptedServer() as server:
+        done = command_line(server.port, "--to", "to@example.com")
+        assert server.commands(b"RCPT")
+    assert done.returncode == 0, done
+    assert f"default: 127.0.0.1:{server.port}, no TLS, no login\n" in done.stdout
+    assert "  + recipient   to@example.com: 250 ok" in done.stdout
+
+
+def test_a_failed_stage_is_the_status_on_the_command_line(
+    command_line: CommandLine,
+) -> None:
+    done = command_line(free_port())
+    assert done.returncode == EXIT_STATUS["connect"], done
+    assert "Traceback" not in done.stderr
+
+
+def test_the_options_are_explained(command_line: CommandLine) -> None:
+    done = command_line(25, "--help")
     assert done.returncode == 0
-    help_text = from_the_command_line("--help")
-    assert help_text.returncode == 0
-    assert "--fail-on-warning" in help_text.stdout
-
-
-def test_a_failed_stage_is_the_status_on_the_command_line() -> None:
-    # The tests' settings name no server: it is localhost, at Django's default port.
-    done = from_the_command_line("--until", "dns", "-6", "--timeout", "0.000001")
-    assert done.returncode == EXIT_STATUS["dns"], done
+    assert "--fail-on-warning" in done.stdout
 
 
 def test_the_time_limit_holds(project: Configure) -> None:
