@@ -314,8 +314,8 @@ class _Diagnosis:
                 raise
             certified = probes.names_in_certificate(self._addresses[0], options)
             names = await self._found_out(certified, ())
-            told = Finding(f"the certificate is for {_listed(names)}", "failed")
-            raise Obstacle(found, *([told] if names else [])) from error
+            told = f"{found.text} It is for {_listed(names)}." if names else found.text
+            raise Obstacle(replace(found, text=told)) from error
         except errors.TLSError as error:
             asking = self._what_speaks_no_tls(error)
             raise await self._found_out(asking, error) from error
@@ -348,7 +348,7 @@ class _Diagnosis:
         found = failed(error, options)
         if not line.startswith("220"):
             return error
-        return Obstacle(found, Finding(f"without TLS it says {line!r}", "failed"))
+        return Obstacle(replace(found, text=f"{error}; without TLS, {line!r}"))
 
     def _of_tls(self) -> list[Finding]:
         info = self._opening.client.get_transport_info
