@@ -185,6 +185,40 @@ def test_a_failure_is_told_with_its_hint(secure: Callable[..., ScriptedServer]) 
     ]
 
 
+def test_each_hint_stands_below_its_finding(settings: Any, project: Configure) -> None:
+    no = (b"501 5.1.7 bad sender syntax\r\n", b"553 5.7.1 not owned by user\r\n")
+    with ScriptedServer(scripts=({"mail": Turns(*no)},)) as server:
+        project(server)
+        settings.SERVER_EMAIL = "root@localhost"
+        lines = run().lines
+    order = [
+        next(number for number, line in enumerate(lines) if text in line)
+        for text in (
+            "✗ sender      DEFAULT_FROM_EMAIL",
+            "→ The sender is no full address",
+            "SERVER_EMAIL root@localhost",
+            "→ The account that logs in may not send",
+        )
+    ]
+    assert order == sorted(order)
+
+
+def test_a_hint_of_several_findings_is_told_once(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{number}", port))
+        for number in (1, 2, 3)
+    ]
+    # No name of every machine has several addresses.
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+    configure(settings, OURS, host="many.example", local_hostname="client.example")
+    outcome = run()
+    assert outcome.out.count("Connection refused") == 3
+    assert outcome.out.count("→") == 1
+
+
 def test_a_refused_recipient_does_not_mean_that_no_mail_can_be_sent(
     server: MailServer, project: Configure
 ) -> None:

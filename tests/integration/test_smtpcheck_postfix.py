@@ -139,7 +139,7 @@ def test_a_port_that_does_not_speak_tls_from_the_start_is_found_out(
     status, stages = check(use_ssl=True, port=postfix.port)
     assert status == EXIT_STATUS["tls"]
     assert stages["tls"]["hint_ids"] == ["wrong-version-number"]
-    assert "without TLS it says '220 mx.postfix.test" in text(stages["tls"])
+    assert "; without TLS, '220 mx.postfix.test" in text(stages["tls"])
 
 
 def test_an_authority_that_is_not_trusted_is_told(check: Check) -> None:

@@ -41,6 +41,8 @@ EXIT_STATUS: Final[dict[str, int]] = {
 
 WIDTH: Final = 80
 NAME_WIDTH: Final = 12
+# Sign and name.
+HEAD_WIDTH: Final = 4 + NAME_WIDTH
 TIME_WIDTH: Final = 9
 BAR_WIDTH: Final = 10
 # So much time fills the bar.
@@ -138,28 +140,32 @@ class Command(BaseCommand):
             raise CommandError("--send needs --to ADDRESS.")
         output: _Output = _JSON(self) if options["format"] == "json" else _Text(self)
         worst = _Worst(count_warnings=options["fail_on_warning"])
-        for mailer in self._chosen(options):
-            asyncio.run(_check(mailer, options, output, worst))
+        for alias in self._chosen(options):
+            mailer, first = _of_settings(alias)
+            asyncio.run(_check(mailer, first, options, output, worst))
         output.close(worst.exit_status)
         if worst.exit_status:
             sys.exit(worst.exit_status)
 
-    def _chosen(self, options: dict[str, Any]) -> list[checks.Mailer]:
+    def _chosen(self, options: dict[str, Any]) -> list[str]:
         aliases = checks.aliases()
         if options["all"]:
-            return [checks.mailer(alias) for alias in aliases]
+            return aliases
         alias = options["using"] or checks.DEFAULT_ALIAS
         if alias not in aliases:
             known = ", ".join(aliases) or "none"
             raise CommandError(f"There is no mailer {alias!r}. Known: {known}.")
-        return [checks.mailer(alias)]
+        return [alias]
 
 
 async def _check(
-    mailer: checks.Mailer, options: dict[str, Any], output: _Output, worst: _Worst
+    mailer: checks.Mailer,
+    first: StageReport,
+    options: dict[str, Any],
+    output: _Output,
+    worst: _Worst,
 ) -> None:
     """Check each server of a mailer, and print what is found as it is found."""
-    first = _of_settings(mailer)
     servers = mailer.servers if first.state != "skipped" else ()
     for server in servers or (None,):
         output.begin(mailer, server)
@@ -205,15 +211,18 @@ def _stages(
     )
 
 
-def _of_settings(mailer: checks.Mailer) -> StageReport:
-    """Return what the system checks say of a mailer, as a stage."""
+def _of_settings(alias: str) -> tuple[checks.Mailer, StageReport]:
+    """Return a mailer, and what the system checks say of it, as a stage."""
     start = time.monotonic()
-    problems = tuple(map(_finding, checks.problems(mailer)))
-    if not problems and not mailer.servers:
+    # This machine's name is looked up here.
+    mailer = checks.mailer(alias)
+    found = tuple(map(_finding, checks.problems(mailer)))
+    if not found and not mailer.servers:
         text = f"{mailer.path} does not send over SMTP: there is nothing to check"
-        return StageReport("settings", (Finding(text, "skipped"),))
-    used = [Finding(mailer.path)] if mailer.servers else []
-    return StageReport("settings", (*used, *problems), seconds=time.monotonic() - start)
+        return mailer, StageReport("settings", (Finding(text, "skipped"),))
+    if mailer.servers:
+        found = (Finding(mailer.path), *found)
+    return mailer, StageReport("settings", found, seconds=time.monotonic() - start)
 
 
 def _finding(problem: CheckMessage) -> Finding:
@@ -344,32 +353,39 @@ class _Text:
         self._signs = SIGNS if self._is_unicode else ASCII_SIGNS
         self._arrow = "→" if self._is_unicode else "->"
         self._reports: list[StageReport] = []
-        self._title = ""
 
     def begin(self, mailer: checks.Mailer, server: Options | None) -> None:
-        self._title = (
-            mailer.alias
-            if server is None
-            else (f"{mailer.alias}: {server.server}, {_security(server)}")
-        )
+        title = mailer.alias
+        if server is not None:
+            title += f": {server.server}, {_security(server)}"
         self._reports = []
-        self._paragraph(self._title, str)
+        self._paragraph(title, str)
 
     def stage(self, report: StageReport, transcript: bool) -> None:
         self._reports.append(report)
-        style = self._styles[report.state]
-        head = f"  {self._signs[report.state]} {report.stage:<{NAME_WIDTH}}"
-        texts = [self._printable(finding.text) for finding in report.findings]
-        first, *others = _wrapped(texts, WIDTH - len(head), TIME_WIDTH + BAR_WIDTH)
-        width = WIDTH - len(head) - TIME_WIDTH - BAR_WIDTH
-        took = self._took(report)
-        self._write(f"{style(head)}{first:<{width}}{took}".rstrip())
-        for line in others:
-            self._write(" " * len(head) + line)
-        for hint in dict.fromkeys(finding.hint for finding in report.findings):
-            self._hint(hint, len(head))
+        indent = " " * HEAD_WIDTH
+        for number, finding in enumerate(report.findings):
+            if number:
+                self._paragraph(finding.text, str, indent)
+            else:
+                self._first_finding(report, indent)
+            later = report.findings[number + 1 :]
+            if finding.hint not in [other.hint for other in later]:
+                lead = f"{indent}{self._arrow} "
+                self._paragraph(finding.hint, self._hint_style, lead)
         for line in report.transcript if transcript else ():
             self._paragraph(line, str, " " * 6)
+
+    def _first_finding(self, report: StageReport, indent: str) -> None:
+        """Write the line of a stage: sign, name, finding, time and bar."""
+        head = f"  {self._signs[report.state]} {report.stage:<{NAME_WIDTH}}"
+        margin = TIME_WIDTH + BAR_WIDTH
+        text = self._printable(report.findings[0].text)
+        first, *others = _wrapped(text, WIDTH - HEAD_WIDTH, margin)
+        shown = f"{first:<{WIDTH - HEAD_WIDTH - margin}}{self._took(report)}"
+        self._write(f"{self._styles[report.state](head)}{shown}".rstrip())
+        for line in others:
+            self._write(indent + line)
 
     def end(self) -> None:
         states = [report.state for report in self._reports]
@@ -406,9 +422,6 @@ class _Text:
             self._write(style(lead + line))
             lead = " " * len(lead)
 
-    def _hint(self, hint: str, indent: int) -> None:
-        self._paragraph(hint, self._hint_style, f"{' ' * indent}{self._arrow} ")
-
     def _took(self, report: StageReport) -> str:
         if report.state == "skipped":
             return ""
@@ -440,20 +453,12 @@ class _Text:
         self._out.flush()
 
 
-def _wrapped(texts: list[str], width: int, first_margin: int) -> list[str]:
-    """Return the lines of the texts, the first one with room left behind it."""
+def _wrapped(text: str, width: int, first_margin: int) -> list[str]:
+    """Return a text's lines, the first one with room left behind it."""
+    # The room is taken as an indentation, and given back.
     room = " " * first_margin
-    lines: list[str] = []
-    for text in texts:
-        # The room is taken as an indentation, and given back.
-        found = textwrap.wrap(
-            text,
-            width,
-            initial_indent="" if lines else room,
-            break_on_hyphens=False,
-        )
-        lines += found if lines else [line.removeprefix(room) for line in found]
-    return lines or [""]
+    lines = textwrap.wrap(text, width, initial_indent=room, break_on_hyphens=False)
+    return [line.removeprefix(room) for line in lines] or [""]
 
 
 def _stops_mail(report: StageReport) -> bool:
