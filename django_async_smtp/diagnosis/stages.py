@@ -275,7 +275,7 @@ class _Diagnosis:
 
     async def ehlo(self) -> list[Finding]:
         await self._opening.ehlo()
-        name = str(self._options.local_hostname)
+        name = str(self._opening.client.local_hostname)
         said = Finding(f"as {name}")
         if "." not in name.strip(".") or _CONTAINER_ID.fullmatch(name.split(".")[0]):
             text = f"as {name}, which is no full host name"
