@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import ssl
 import threading
@@ -71,6 +72,11 @@ async def nothing_left(sockets: int, tasks: set[asyncio.Task[Any]]) -> None:
     assert asyncio.all_tasks() <= tasks
     # The server's side of the connections counts, too.
     await asyncio.to_thread(wait_until, lambda: open_sockets() <= sockets)
+
+
+async def finished(tasks: set[asyncio.Task[Any]]) -> None:
+    if tasks:
+        await asyncio.wait(tasks)
 
 
 def texts(report: StageReport) -> list[str]:
@@ -711,6 +717,32 @@ async def test_bad_certificates_are_told_apart(
 
 @KINDS
 @pytest.mark.asyncio
+async def test_a_host_name_mismatch_is_told_though_the_names_cannot_be_asked_for(
+    kind: str, ca: trustme.CA, client_tls: ssl.SSLContext, tmp_path: Path
+) -> None:
+    busy: Script = {"greeting": b"421 busy\r\n", "tls": CLOSE}
+    with ScriptedServer(
+        scripts=({}, busy),
+        tls=of_another_name(ca, tmp_path),
+        implicit=kind == "use_ssl",
+    ) as server:
+        options = options_for(server, **secured(kind, client_tls))
+        report = failed_at("tls", await checked(options))
+        assert server.connections == 2
+    assert hint_ids(report) == ["certificate-host-name"]
+    assert "It is for" not in texts(report)[0]
+
+
+@pytest.mark.asyncio
+async def test_silence_where_tls_should_begin_fails(client_tls: ssl.SSLContext) -> None:
+    with ScriptedServer(scripts=({"greeting": SILENCE},)) as server:
+        options = options_for(server, timeout=0.3, **secured("use_ssl", client_tls))
+        report = failed_at("tls", await checked(options))
+    assert hint_ids(report) == ["tls-timeout"]
+
+
+@KINDS
+@pytest.mark.asyncio
 async def test_a_certificate_that_is_not_verified_is_a_warning(
     kind: str, server_tls: ssl.SSLContext
 ) -> None:
@@ -1165,6 +1197,41 @@ async def test_nothing_is_left_open_after_a_cancellation(
         # No QUIT is tried where a reply is due.
         assert time.monotonic() - start < 1
         await nothing_left(before, tasks)
+
+
+@pytest.mark.asyncio
+async def test_nothing_is_left_open_after_a_cancellation_while_connecting(
+    resolves_to: Callable[..., Options],
+) -> None:
+    with ScriptedServer() as server, address_without_answer() as silent:
+        options = resolves_to((server.host, server.port), silent)
+        before, tasks = open_sockets(), asyncio.all_tasks()
+        running = asyncio.create_task(checked(options))
+        await asyncio.to_thread(wait_until, lambda: server.connections)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        await nothing_left(before, tasks)
+
+
+@pytest.mark.asyncio
+async def test_a_greeting_that_nobody_waits_for_fails_unheard(
+    server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    heard: list[object] = []
+    tasks = asyncio.all_tasks()
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda loop, context: heard.append(context))
+    script: Script = {"greeting": (b"554 no\r\n", CLOSE)}
+    with ScriptedServer(scripts=(script,), tls=server_tls, implicit=True) as server:
+        options = options_for(server, **secured("use_ssl", client_tls))
+        async with aclosing(diagnose(options)) as reports:
+            async for report in reports:
+                if report.stage == "tls":
+                    break
+            await finished(asyncio.all_tasks() - tasks)
+    gc.collect()
+    assert not heard
 
 
 @KINDS
