@@ -1099,7 +1099,8 @@ async def test_silence_is_reported_in_time(
         assert time.monotonic() - start < 1.2 + 2
     report = failed_at(stage, reports)
     assert "within the timeout" in texts(report)[0]
-    assert report.seconds < 1.3
+    # One wait of a third of the time; at first, other protocols are tried, too.
+    assert report.seconds < (1.2 if step == "greeting" else 0.7)
 
 
 @pytest.mark.parametrize("step", ["rset", "quit"])

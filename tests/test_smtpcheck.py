@@ -654,14 +654,18 @@ CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 def command_line(tmp_path: Path) -> CommandLine:
     """Run it in a process of its own, for a project with a server."""
 
-    def run(port: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-        options = {"host": "127.0.0.1", "port": port}
+    def run(
+        port: int, *arguments: str, host: str = "127.0.0.1", code: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        options = {"host": host, "port": port}
         mail = (
             f"MAILERS = {{'default': {{'BACKEND': {OURS!r}, 'OPTIONS': {options}}}}}"
             if USES_MAILERS
-            else f"EMAIL_HOST = '127.0.0.1'\nEMAIL_PORT = {port}"
+            else f"EMAIL_HOST = {host!r}\nEMAIL_PORT = {port}"
         )
-        (tmp_path / "project.py").write_text(f"from tests.settings import *\n{mail}\n")
+        (tmp_path / "project.py").write_text(
+            f"from tests.settings import *\n{mail}\n{code}"
+        )
         root = Path(__file__).parent.parent
         path = (str(tmp_path), str(root), os.environ.get("PYTHONPATH", ""))
         return subprocess.run(
@@ -714,6 +718,28 @@ def test_a_failed_stage_is_the_status_on_the_command_line(
     done = command_line(free_port())
     assert done.returncode == EXIT_STATUS["connect"], done
     assert "Traceback" not in done.stderr
+
+
+SILENT_RESOLVER = """
+import socket, time
+
+def getaddrinfo(*args, flags=0, **kwargs):
+    if not flags:
+        time.sleep(20)
+    raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+socket.getaddrinfo = getaddrinfo
+"""
+
+
+def test_a_silent_resolver_does_not_keep_the_process(command_line: CommandLine) -> None:
+    start = time.monotonic()
+    done = command_line(
+        25, "--timeout", "0.6", host="slow.example", code=SILENT_RESOLVER
+    )
+    assert time.monotonic() - start < 10
+    assert done.returncode == EXIT_STATUS["dns"], done
+    assert "DNS resolver gave no answer" in " ".join(done.stdout.split())
 
 
 def test_the_options_are_explained(command_line: CommandLine) -> None:
