@@ -23,6 +23,8 @@ from .logs import redacted
 from .pipelining import CHUNK_SIZE, Transcript
 
 if TYPE_CHECKING:
+    import ssl
+
     from .options import Options
 
 # What getaddrinfo() returns for one address.
@@ -93,6 +95,18 @@ class Opening:
         if self._socket is not None and self._socket.fileno() != -1:
             await asyncio.sleep(ABORT_DELAY)
 
+    def require_connection(self, stage: errors.Stage) -> None:
+        """
+        Check that the server has not ended the connection since its last reply.
+
+        What it offers is forgotten then, and would seem not to be offered.
+
+        :raises Disconnected: it has.
+        """
+        if not self.client.is_connected:
+            lost = aiosmtplib.SMTPServerDisconnected("Connection lost")
+            raise translate(lost, stage, self.options) from lost
+
     async def greeting(self) -> aiosmtplib.SMTPResponse:
         """Read the greeting, with ``use_ssl`` after a TLS handshake."""
         try:
@@ -119,6 +133,7 @@ class Opening:
     async def starttls(self) -> None:
         """Upgrade to TLS; EHLO must follow."""
         client = self.client
+        self.require_connection("tls")
         with translated("tls", self.options):
             if not client.supports_extension("starttls"):
                 raise aiosmtplib.SMTPNotSupported("STARTTLS is not offered")
@@ -136,6 +151,7 @@ class Opening:
     async def log_in(self) -> None:
         """Log in with the first method that both sides know; one no is final."""
         options, client = self.options, self.client
+        self.require_connection("auth")
         offered = client.server_auth_methods
         methods = [name for name in AUTH_METHODS if name in offered]
         with translated("auth", options):
@@ -189,10 +205,12 @@ class _Client(aiosmtplib.SMTP):
 
     :ivar secured: set when the connection is made, with ``use_ssl`` after the TLS
         handshake: when aiosmtplib sets its transport.
+    :ivar ssl_object: the TLS connection, also after its end; None before.
     """
 
     def __init__(self, options: Options, transcript: Transcript | None) -> None:
         self.secured = asyncio.Event()
+        self.ssl_object: ssl.SSLObject | None = None
         self._transcript = transcript
         self._secrets = (options.password, options.username)
         super().__init__(
@@ -212,6 +230,7 @@ class _Client(aiosmtplib.SMTP):
     def transport(self, transport: asyncio.BaseTransport | None) -> None:
         self._transport = transport
         if transport is not None:
+            self.ssl_object = transport.get_extra_info("ssl_object")
             self.secured.set()
 
     async def execute_command(

@@ -487,17 +487,59 @@ async def test_a_failure_is_told_though_no_time_is_left_to_find_out_more(
     ("step", "hint_id"),
     [
         (CLOSE, "connection-closed"),
-        (RESET, "connection-closed"),
+        # After the client has seen that it is connected.
+        ((Pause(0.1), RESET), "connection-closed"),
         (b"421 4.3.2 too many connections\r\n", "too-many-connections"),
         (b"554 5.7.1 no thanks\r\n", "server-refuses-client"),
         (b"what?\r\n", "no-smtp-server"),
     ],
 )
 @pytest.mark.asyncio
-async def test_a_bad_greeting_fails(step: Step, hint_id: str) -> None:
+async def test_a_bad_greeting_fails(step: Any, hint_id: str) -> None:
     with ScriptedServer(scripts=({"greeting": step},)) as server:
         report = failed_at("greeting", await checked(options_for(server)))
     assert hint_ids(report) == [hint_id]
+
+
+@pytest.mark.asyncio
+async def test_a_greeting_that_refuses_after_tls_is_no_failure_of_tls(
+    server_tls: ssl.SSLContext, client_tls: ssl.SSLContext
+) -> None:
+    script: Script = {"greeting": (b"554 5.7.1 no thanks\r\n", CLOSE)}
+    with ScriptedServer(scripts=(script,), tls=server_tls, implicit=True) as server:
+        options = options_for(server, **secured("use_ssl", client_tls))
+        reports = await checked(options)
+    assert texts(reports["tls"])[0].startswith("TLSv1.3, TLS_")
+    assert hint_ids(failed_at("greeting", reports)) == ["server-refuses-client"]
+
+
+@pytest.mark.parametrize("last", ["greeting", "ehlo"])
+@pytest.mark.parametrize("kind", ["use_tls", "use_ssl", None])
+@pytest.mark.asyncio
+async def test_a_connection_that_ends_between_two_stages_is_told_as_such(
+    kind: str | None,
+    last: str,
+    server_tls: ssl.SSLContext,
+    client_tls: ssl.SSLContext,
+) -> None:
+    script: Script = {last: (DEFAULT, CLOSE)}
+    implicit = kind == "use_ssl"
+    tls = server_tls if kind else None
+    with ScriptedServer(
+        scripts=(script,), tls=tls, implicit=implicit, extensions=("AUTH PLAIN",)
+    ) as server:
+        more = secured(kind, client_tls, **LOGIN) if kind else {}
+        found = {}
+        async with aclosing(diagnose(options_for(server, **more))) as reports:
+            async for report in reports:
+                found[report.stage] = report
+                if report.stage == last:
+                    await asyncio.to_thread(
+                        wait_until, lambda: not server.open_connections
+                    )
+    names = list(found)
+    report = failed_at(names[names.index(last) + 1], found)
+    assert "closed the connection" in texts(report)[0]
 
 
 @pytest.mark.asyncio

@@ -223,7 +223,8 @@ async def names_in_certificate(address: Address, options: Options) -> tuple[str,
         if options.use_tls:
             await opening.ehlo()
             await opening.starttls()
-        return Certificate.of(opening.client.get_transport_info("peercert")).names
+        secured: Any = opening.client.ssl_object
+        return Certificate.of(secured.getpeercert()).names
     except (OSError, SMTPError):
         return ()
     finally:

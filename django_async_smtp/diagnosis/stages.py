@@ -302,6 +302,7 @@ class _Diagnosis:
     async def tls(self) -> list[Finding]:
         options = self._options
         if not (options.use_tls or options.use_ssl):
+            self._opening.require_connection("tls")
             if self._opening.client.supports_extension("starttls"):
                 text = "not used, though the server offers STARTTLS"
                 return [self._advised(text, "warning", "tls-not-used")]
@@ -351,8 +352,7 @@ class _Diagnosis:
         return Obstacle(replace(found, text=f"{error}; without TLS, {line!r}"))
 
     def _of_tls(self) -> list[Finding]:
-        info = self._opening.client.get_transport_info
-        secured: Any = info("ssl_object")
+        secured: Any = self._opening.client.ssl_object
         findings = [Finding(f"{secured.version()}, {secured.cipher()[0]}")]
         peer = secured.getpeercert()
         if not peer:
@@ -373,6 +373,7 @@ class _Diagnosis:
 
     async def auth(self) -> list[Finding]:
         options, client = self._options, self._opening.client
+        self._opening.require_connection("auth")
         offered = " ".join(client.server_auth_methods).upper() or "nothing"
         if not options.uses_login:
             self._make_session()
@@ -387,6 +388,7 @@ class _Diagnosis:
         return [Finding(f"logged in with {method} (offered: {offered})")]
 
     def _make_session(self) -> None:
+        self._opening.require_connection("auth")
         client = self._opening.client
         self._session = Session(self._options, client, self._note)
 
