@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +23,8 @@ from .logs import redacted
 from .pipelining import CHUNK_SIZE, Transcript
 
 if TYPE_CHECKING:
+    import ssl
+
     from .options import Options
 
 # What getaddrinfo() returns for one address.
@@ -28,6 +32,9 @@ Address = tuple[Any, Any, int, str, Any]
 
 # Seconds between the attempts on a host's several addresses (RFC 8305).
 ATTEMPT_DELAY: Final = 0.25
+
+# Seconds that a transport gets to notice the end of its connection.
+ABORT_DELAY: Final = 0.05
 
 # As in smtplib and aiosmtplib, the method that does not show the password first.
 AUTH_METHODS: Final = ("cram-md5", "plain", "login")
@@ -79,7 +86,26 @@ class Opening:
         if self._socket is not None:
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
-            asyncio.get_running_loop().call_later(0.05, self._socket.close)
+            loop = asyncio.get_running_loop()
+            loop.call_later(ABORT_DELAY, self._socket.close)
+
+    async def aclose(self) -> None:
+        """Close as ``abort`` does, and wait for it, for a loop that ends then."""
+        self.abort()
+        if self._socket is not None and self._socket.fileno() != -1:
+            await asyncio.sleep(ABORT_DELAY)
+
+    def require_connection(self, stage: errors.Stage) -> None:
+        """
+        Check that the server has not ended the connection since its last reply.
+
+        What it offers is forgotten then, and would seem not to be offered.
+
+        :raises Disconnected: it has.
+        """
+        if not self.client.is_connected:
+            lost = aiosmtplib.SMTPServerDisconnected("Connection lost")
+            raise translate(lost, stage, self.options) from lost
 
     async def greeting(self) -> aiosmtplib.SMTPResponse:
         """Read the greeting, with ``use_ssl`` after a TLS handshake."""
@@ -107,6 +133,7 @@ class Opening:
     async def starttls(self) -> None:
         """Upgrade to TLS; EHLO must follow."""
         client = self.client
+        self.require_connection("tls")
         with translated("tls", self.options):
             if not client.supports_extension("starttls"):
                 raise aiosmtplib.SMTPNotSupported("STARTTLS is not offered")
@@ -124,6 +151,7 @@ class Opening:
     async def log_in(self) -> None:
         """Log in with the first method that both sides know; one no is final."""
         options, client = self.options, self.client
+        self.require_connection("auth")
         offered = client.server_auth_methods
         methods = [name for name in AUTH_METHODS if name in offered]
         with translated("auth", options):
@@ -177,10 +205,12 @@ class _Client(aiosmtplib.SMTP):
 
     :ivar secured: set when the connection is made, with ``use_ssl`` after the TLS
         handshake: when aiosmtplib sets its transport.
+    :ivar ssl_object: the TLS connection, also after its end; None before.
     """
 
     def __init__(self, options: Options, transcript: Transcript | None) -> None:
         self.secured = asyncio.Event()
+        self.ssl_object: ssl.SSLObject | None = None
         self._transcript = transcript
         self._secrets = (options.password, options.username)
         super().__init__(
@@ -200,6 +230,7 @@ class _Client(aiosmtplib.SMTP):
     def transport(self, transport: asyncio.BaseTransport | None) -> None:
         self._transport = transport
         if transport is not None:
+            self.ssl_object = transport.get_extra_info("ssl_object")
             self.secured.set()
 
     async def execute_command(
@@ -295,17 +326,37 @@ async def connect(options: Options) -> socket.socket:
 async def resolve(options: Options) -> list[Address]:
     """Return the host's addresses, in the system's order of preference."""
     host, port = options.host, options.port
-    with suppress(socket.gaierror):
+    try:
         # An address needs no DNS, and so no thread.
         return socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
         )
-    loop = asyncio.get_running_loop()
+    except UnicodeError:
+        # As in "smtp..example.com".
+        raise socket.gaierror(socket.EAI_NONAME, "not a host name") from None
+    except socket.gaierror:
+        return await _looked_up(host, port)
+
+
+async def _looked_up(host: str, port: int) -> list[Address]:
+    answer: Future[list[Address]] = Future()
+
+    def look_up() -> None:
+        if answer.set_running_or_notify_cancel():
+            try:
+                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                answer.set_result(found)
+            except BaseException as error:
+                answer.set_exception(error)
+
     try:
-        return await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # Not a thread of an executor: a process waits for those before it ends, and
+        # DNS that does not answer would hold it up after the time limit.
+        threading.Thread(target=look_up, daemon=True).start()
     except RuntimeError:
         # At exit no thread can be started any more, and nobody else has to wait.
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        look_up()
+    return await asyncio.wrap_future(answer)
 
 
 async def _first_to_answer(
@@ -366,7 +417,7 @@ async def connect_to(
         await asyncio.get_running_loop().sock_connect(sock, target)
     except OSError as error:
         sock.close()
-        if error.errno is not None:
+        if error.errno is not None and not isinstance(error, socket.gaierror):
             # asyncio's words leave out what happened.
             error.strerror = os.strerror(error.errno)
         raise

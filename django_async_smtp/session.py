@@ -176,8 +176,14 @@ class Session:
                     reply = await self._command(f"RCPT TO:<{recipient}>".encode())
                     if reply.code not in (250, 251):
                         raise aiosmtplib.SMTPRecipientRefused(*_words(reply), recipient)
-        finally:
+        except (errors.ResponseError, errors.RecipientsRefused):
             await self._reset()
+            raise
+        except BaseException:
+            # A server that is silent now would be so to RSET, for as long again.
+            self.abort()
+            raise
+        await self._reset()
         return reply
 
     async def ping(self) -> bool:

@@ -11,8 +11,8 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -195,9 +195,18 @@ class Action:
 
 CLOSE = Action("CLOSE")  # FIN
 RESET = Action("RESET")  # RST
+
+
+class Pause(Action):
+    """Seconds without an answer."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"Pause({seconds})")
+        self.seconds = seconds
+
+
 SILENCE = Action("SILENCE")  # nothing more, until the client or the test ends
 DEAF = Action("DEAF")  # as SILENCE, and it reads nothing
-PAUSE = Action("PAUSE")  # a hundredth of a second
 READ = Action("READ")  # the client's next line
 DEFAULT = Action("DEFAULT")  # what a working server answers
 
@@ -422,9 +431,9 @@ class _Connection:
             if isinstance(step, bytes):
                 self.say(step)
                 sent = step
-            elif step is PAUSE:
+            elif isinstance(step, Pause):
                 self.flush()
-                time.sleep(0.01)
+                time.sleep(step.seconds)
             elif step is READ:
                 self.server.lines.append(self.read_line())
             elif step is SILENCE:
@@ -530,6 +539,16 @@ class _Connection:
         if not data:
             raise _Closed
         self.buffer += data
+
+
+@contextmanager
+def address_without_answer() -> Iterator[tuple[str, int]]:
+    """Yield an address where connecting takes forever: its queue is full."""
+    with socket.socket() as listener, socket.socket() as queued:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        queued.connect(listener.getsockname())
+        yield listener.getsockname()
 
 
 def is_listening(port: int) -> bool:

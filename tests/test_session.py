@@ -6,8 +6,8 @@ import hmac
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from .servers import (
     ScriptedServer,
     Step,
     Turns,
+    address_without_answer,
     free_port,
     open_sockets,
     wait_until,
@@ -367,16 +368,6 @@ def has_addresses(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Options]:
         return Options(host="many.example", port=addresses[0][1], timeout=5)
 
     return make
-
-
-@contextmanager
-def address_without_answer() -> Iterator[tuple[str, int]]:
-    """Yield an address where connecting takes forever: its queue is full."""
-    with socket.socket() as listener, socket.socket() as queued:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        queued.connect(listener.getsockname())
-        yield listener.getsockname()
 
 
 @pytest.mark.asyncio

@@ -128,7 +128,7 @@ _ADVICE: Final = (
     Hint(
         id="smtputf8-needed",
         cause="The server takes addresses in ASCII only.",
-        advice="Set DEFAULT_FROM_EMAIL to such an address.",
+        advice="Use such an address, or a server that offers SMTPUTF8.",
     ),
 )
 ADVICE: Final = {hint.id: hint for hint in _ADVICE}

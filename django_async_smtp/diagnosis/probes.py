@@ -7,7 +7,8 @@ import errno
 import re
 import ssl
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 # Seconds that the other addresses get after the first one answered.
 PATIENCE: Final = 3.0
-# Seconds that something other than an SMTP server gets to say what it is.
+# Seconds that something other than an SMTP server gets to say what it is, at most.
 PROBE_TIMEOUT: Final = 3.0
 # Makes web servers speak, which wait for the client; a mail server has greeted by then.
 HTTP_REQUEST: Final = b"HEAD / HTTP/1.0\r\n\r\n"
@@ -86,6 +87,7 @@ async def connect_to_each(
     finally:
         for task in running:
             task.cancel()
+        await asyncio.wait(running)
 
 
 async def _attempt(address: Address, options: Options) -> Attempt:
@@ -113,12 +115,12 @@ def _close_unused(attempt: asyncio.Task[Attempt]) -> None:
 async def speaks_tls(address: Address, options: Options) -> bool:
     """Whether a server speaks TLS from the start; any certificate is an answer."""
     try:
-        await _first_line(address, options, tls=True, say=b"")
+        async with _connected(address, options, tls=True):
+            return True
     except ssl.SSLCertVerificationError:
         return True
     except OSError:
         return False
-    return True
 
 
 async def first_line(address: Address, options: Options, *, tls: bool) -> str:
@@ -133,25 +135,35 @@ async def first_line(address: Address, options: Options, *, tls: bool) -> str:
 async def _first_line(
     address: Address, options: Options, *, tls: bool, say: bytes
 ) -> str:
+    """:raises OSError: no connection, no TLS, or it says nothing."""
+    async with _connected(address, options, tls=tls) as (reader, writer):
+        async with asyncio.timeout(_patience(options)):
+            writer.write(say)
+            line = await reader.read(200)
+        return line.decode("utf-8", "replace").partition("\n")[0].strip()
+
+
+@asynccontextmanager
+async def _connected(
+    address: Address, options: Options, *, tls: bool
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """:raises OSError: no connection, or no TLS."""
     context = options.ssl_context or ssl.create_default_context()
-    writer = None
+    async with asyncio.timeout(_patience(options)):
+        reader, writer = await asyncio.open_connection(
+            sock=await connect_to(address, options.source_address),
+            ssl=context if tls else None,
+            server_hostname=options.host if tls else None,
+        )
     try:
-        async with asyncio.timeout(PROBE_TIMEOUT):
-            reader, writer = await asyncio.open_connection(
-                sock=await connect_to(address, options.source_address),
-                ssl=context if tls else None,
-                server_hostname=options.host if tls else None,
-            )
-        with suppress(TimeoutError):
-            async with asyncio.timeout(PROBE_TIMEOUT):
-                writer.write(say)
-                line = await reader.read(200)
-                return line.decode("utf-8", "replace").partition("\n")[0].strip()
-        return ""
+        yield reader, writer
     finally:
-        if writer is not None:
-            writer.transport.abort()
+        writer.transport.abort()
+
+
+def _patience(options: Options) -> float:
+    """Return the seconds for an answer; several must fit into the time of a check."""
+    return min(PROBE_TIMEOUT, options.timeout / 2)
 
 
 def protocol_of(line: str) -> str | None:
@@ -211,11 +223,12 @@ async def names_in_certificate(address: Address, options: Options) -> tuple[str,
         if options.use_tls:
             await opening.ehlo()
             await opening.starttls()
-        return Certificate.of(opening.client.get_transport_info("peercert")).names
+        secured: Any = opening.client.ssl_object
+        return Certificate.of(secured.getpeercert()).names
     except (OSError, SMTPError):
         return ()
     finally:
-        opening.abort()
+        await opening.aclose()
 
 
 def chain_length(secured: ssl.SSLObject) -> int:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from .. import errors
 from ..hints import HINTS
-from ..opening import Address, Opening, resolve, translated
+from ..logs import redacted
+from ..opening import Address, Opening, resolve, translate, translated
 from ..session import Session
 from . import probes
 from .findings import Finding, Obstacle, StageReport, State, advised, failed
@@ -41,6 +42,8 @@ SIDE_STAGES: Final = {"recipient", "connections"}
 
 # How much of the whole time one wait for the server may take.
 SHARE_OF_A_WAIT: Final = 1 / 3
+# Seconds before the end at which nothing more is found out about a failure.
+RESERVE: Final = 0.1
 
 # In the order in which they are told.
 EXTENSIONS: Final = ("pipelining", "8bitmime", "smtputf8", "chunking", "starttls")
@@ -115,7 +118,10 @@ class _Diagnosis:
         self._opening = Opening(self._options, self._note)
         self._reading_greeting: asyncio.Task[Any] | None = None
         self._session: Session | None = None
+        self._others: list[Session] = []
         self._addresses: list[Address] = []
+        # Whether a reply may still be due.
+        self._is_broken_off = False
         # Why the later stages are out of reach.
         self._obstacle = ""
 
@@ -133,36 +139,59 @@ class _Diagnosis:
         is_apart = stage == "connections" and self._session is not None
         if self._obstacle and not is_apart:
             return StageReport(stage, (Finding(self._obstacle, "skipped"),))
-        run: Callable[[], Awaitable[list[Finding]]] = getattr(self, stage)
         start = time.monotonic()
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                findings = await run()
-        except errors.SMTPError as error:
-            findings = [failed(error, self._options)]
-        except Obstacle as obstacle:
-            findings = obstacle.findings
-        except TimeoutError:
-            text = f"not finished within the check's {self._timeout:g} s"
-            findings = [self._advised(text, "failed", "check-timeout")]
+        found = await self._findings(stage)
         seconds = time.monotonic() - start
-        report = StageReport(stage, tuple(findings), seconds, tuple(self._lines))
+        findings = tuple(replace(f, text=self._harmless(f.text)) for f in found)
+        report = StageReport(stage, findings, seconds, tuple(self._lines))
         self._lines.clear()
-        if report.state == "failed":
+        # With the first sender's address, mail can be sent.
+        is_over = findings[0].state == "failed" or stage != "sender"
+        if report.state == "failed" and is_over:
             self._obstacle = f"not reached: {stage} failed"
         return report
 
+    async def _findings(self, stage: StageName) -> list[Finding]:
+        run: Callable[[], Awaitable[list[Finding]]] = getattr(self, stage)
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await run()
+        except errors.SMTPError as error:
+            return [failed(error, self._options)]
+        except Obstacle as obstacle:
+            return obstacle.findings
+        except TimeoutError:
+            self._is_broken_off = True
+            text = f"not finished within the check's {self._timeout:g} s"
+            return [self._advised(text, "failed", "check-timeout")]
+        except asyncio.CancelledError:
+            self._is_broken_off = True
+            raise
+
     async def aclose(self) -> None:
         """Say QUIT where a server listens, and close."""
-        client = self._opening.client
-        if self._reading_greeting is not None:
-            self._reading_greeting.cancel()
-            await asyncio.wait({self._reading_greeting})
-        if self._session is None and client.is_connected:
-            self._session = Session(self._options, client)
-        if self._session is not None:
-            await self._session.quit()
-        self._opening.abort()
+        try:
+            await self._stop_reading()
+            client = self._opening.client
+            is_idle = client.is_connected and not self._is_broken_off
+            if self._session is None and is_idle:
+                self._session = Session(self._options, client)
+            if self._session is not None:
+                self._others.append(self._session)
+            await asyncio.gather(*(session.quit() for session in self._others))
+        finally:
+            await self._opening.aclose()
+
+    async def _stop_reading(self) -> None:
+        reading = self._reading_greeting
+        if reading is not None and not reading.done():
+            # Not all of asyncio ends a task that is cancelled; a connection's end does.
+            reading.cancel()
+            self._opening.abort()
+            await asyncio.wait({reading})
+        if reading is not None and not reading.cancelled():
+            # Whoever wanted to know about a failure does.
+            reading.exception()
 
     async def dns(self) -> list[Finding]:
         options, family = self._options, self._request.family
@@ -188,27 +217,32 @@ class _Diagnosis:
         for attempt in attempts:
             if attempt is not first:
                 attempt.close()
-        outcome = (first or attempts[-1]).outcome
-        if isinstance(outcome, OSError):
-            with translated("connect", self._options):
-                raise outcome
-        self._opening.take(outcome)
-        self._addresses = [a.address for a in attempts if a is first]
-        return [self._of_attempt(attempt) for attempt in attempts]
+        findings = [
+            self._of_attempt(attempt, has_other=first is not None)
+            for attempt in attempts
+        ]
+        if first is None or isinstance(first.outcome, OSError):
+            raise Obstacle(*findings)
+        self._opening.take(first.outcome)
+        self._addresses = [first.address]
+        return findings
 
-    def _of_attempt(self, attempt: probes.Attempt) -> Finding:
-        where = f"{_ip(attempt.address)} ({_family_name(attempt.address[0])})"
-        if not isinstance(attempt.outcome, OSError):
-            return Finding(f"{where} in {attempt.seconds * 1000:.0f} ms")
-        text = f"{where}: {attempt.outcome.strerror or attempt.outcome}"
-        return self._advised(text, "warning", "address-unreachable")
+    def _of_attempt(self, attempt: probes.Attempt, *, has_other: bool) -> Finding:
+        """Return what is told of an address, where another one answers or none."""
+        text, outcome = _told_of(attempt), attempt.outcome
+        if not isinstance(outcome, OSError):
+            return Finding(text)
+        if has_other:
+            return self._advised(text, "warning", "address-unreachable")
+        error = translate(outcome, "connect", self._options)
+        return replace(failed(error, self._options), text=text)
 
     async def greeting(self) -> list[Finding]:
         try:
             reply = await self._read_greeting()
         except errors.Disconnected as error:
             # Silence: it may wait for something else than SMTP.
-            raise await self._what_listens(error) from error
+            raise await self._found_out(self._what_listens(error), error) from error
         return [Finding(f"{reply.code} {reply.message}")]
 
     def _read_greeting(self) -> asyncio.Task[Any]:
@@ -221,18 +255,27 @@ class _Diagnosis:
     async def _what_listens(self, error: errors.SMTPError) -> Exception:
         """Return the error, or what was found out about the server."""
         options, address = self._options, self._addresses[0]
-        if not options.use_ssl and await probes.speaks_tls(address, options):
+        tls = options.use_ssl or await probes.speaks_tls(address, options)
+        line = await probes.first_line(address, options, tls=tls)
+        hint_id = probes.protocol_of(line)
+        if hint_id is not None:
+            return Obstacle(_hinted(f"no greeting, but {line!r}", hint_id, options))
+        if tls and not options.use_ssl:
             text = f"{error}; but it answers in TLS"
             return Obstacle(_hinted(text, "tls-port", options))
-        line = await probes.first_line(address, options, tls=options.use_ssl)
-        hint_id = probes.protocol_of(line)
-        if hint_id is None:
-            return error
-        return Obstacle(_hinted(f"no greeting, but {line!r}", hint_id, options))
+        return error
+
+    async def _found_out(self, asking: Awaitable[Any], instead: Any) -> Any:
+        """Return what asking the server finds out, in the time that is left."""
+        try:
+            async with asyncio.timeout_at(self._deadline - RESERVE):
+                return await asking
+        except TimeoutError:
+            return instead
 
     async def ehlo(self) -> list[Finding]:
         await self._opening.ehlo()
-        name = str(self._options.local_hostname)
+        name = str(self._opening.client.local_hostname)
         said = Finding(f"as {name}")
         if "." not in name.strip(".") or _CONTAINER_ID.fullmatch(name.split(".")[0]):
             text = f"as {name}, which is no full host name"
@@ -246,7 +289,7 @@ class _Diagnosis:
             return "no extensions: the server knows HELO only"
         offered = client.esmtp_extensions
         size = offered.get("size", "")
-        limit = f"SIZE {_megabytes(int(size))}" if size.isdecimal() else ""
+        limit = f"SIZE {_bytes(int(size))}" if size.isdecimal() else ""
         names = [name.upper() for name in EXTENSIONS if name in offered]
         auth = " ".join(["AUTH", *client.server_auth_methods]).upper()
         missing = [
@@ -259,6 +302,7 @@ class _Diagnosis:
     async def tls(self) -> list[Finding]:
         options = self._options
         if not (options.use_tls or options.use_ssl):
+            self._opening.require_connection("tls")
             if self._opening.client.supports_extension("starttls"):
                 text = "not used, though the server offers STARTTLS"
                 return [self._advised(text, "warning", "tls-not-used")]
@@ -269,11 +313,13 @@ class _Diagnosis:
             found = failed(error, options)
             if found.hint_id != "certificate-host-name":
                 raise
-            names = await probes.names_in_certificate(self._addresses[0], options)
-            told = Finding(f"the certificate is for {_listed(names)}", "failed")
-            raise Obstacle(found, *([told] if names else [])) from error
+            certified = probes.names_in_certificate(self._addresses[0], options)
+            names = await self._found_out(certified, ())
+            told = f"{found.text} It is for {_listed(names)}." if names else found.text
+            raise Obstacle(replace(found, text=told)) from error
         except errors.TLSError as error:
-            raise await self._what_speaks_no_tls(error) from error
+            asking = self._what_speaks_no_tls(error)
+            raise await self._found_out(asking, error) from error
         return self._of_tls()
 
     async def _secure(self) -> None:
@@ -287,6 +333,7 @@ class _Diagnosis:
             await asyncio.wait({reading, secured}, return_when="FIRST_COMPLETED")
         finally:
             secured.cancel()
+            await asyncio.wait({secured})
         if reading.done() and not self._opening.client.secured.is_set():
             await reading
 
@@ -302,11 +349,10 @@ class _Diagnosis:
         found = failed(error, options)
         if not line.startswith("220"):
             return error
-        return Obstacle(found, Finding(f"without TLS it says {line!r}", "failed"))
+        return Obstacle(replace(found, text=f"{error}; without TLS, {line!r}"))
 
     def _of_tls(self) -> list[Finding]:
-        info = self._opening.client.get_transport_info
-        secured: Any = info("ssl_object")
+        secured: Any = self._opening.client.ssl_object
         findings = [Finding(f"{secured.version()}, {secured.cipher()[0]}")]
         peer = secured.getpeercert()
         if not peer:
@@ -320,13 +366,14 @@ class _Diagnosis:
         of = f", the first of {chain} certificates" if chain else ""
         text = f"for {_listed(certificate.names)}, issued by {certificate.issuer}{of}"
         days = int(certificate.seconds_left // 86400)
-        left = Finding(f"{days} days left")
+        left = Finding(f"{_count(days, 'day')} left")
         if days < self._request.cert_days:
             left = self._advised(left.text, "warning", "certificate-expires-soon")
         return [*findings, Finding(text), left]
 
     async def auth(self) -> list[Finding]:
         options, client = self._options, self._opening.client
+        self._opening.require_connection("auth")
         offered = " ".join(client.server_auth_methods).upper() or "nothing"
         if not options.uses_login:
             self._make_session()
@@ -341,43 +388,46 @@ class _Diagnosis:
         return [Finding(f"logged in with {method} (offered: {offered})")]
 
     def _make_session(self) -> None:
+        self._opening.require_connection("auth")
         client = self._opening.client
         self._session = Session(self._options, client, self._note)
 
     def _ready(self) -> Session:
         if self._session is None or not self._session.is_clean:
-            text = "not reached: the server has closed the connection"
+            text = "not reached: the connection has ended"
             raise Obstacle(Finding(text, "failed"))
         return self._session
 
     async def sender(self) -> list[Finding]:
-        findings = []
-        for setting, address in self._request.senders.items():
-            try:
-                reply = await self._ready().rehearse(address)
-            except errors.SMTPError as error:
-                found = failed(error, self._options)
-                hint = found.hint.replace("DEFAULT_FROM_EMAIL", setting)
-                text = f"{setting} {address}: {found.text}"
-                findings.append(replace(found, text=text, hint=hint))
-            except ValueError as error:
-                text = f"{setting} {address}: {error}"
-                findings.append(self._advised(text, "failed", "smtputf8-needed"))
-            else:
-                findings.append(Finding(f"{setting} {address}: {_told(reply)}"))
+        senders = self._request.senders.items()
+        findings = [await self._of_sender(name, address) for name, address in senders]
         return findings or [Finding("no address to try", "skipped")]
+
+    async def _of_sender(self, setting: str, address: str) -> Finding:
+        found = await self._rehearsed(address)
+        hint = found.hint.replace("DEFAULT_FROM_EMAIL", setting)
+        return replace(found, text=f"{setting} {address}: {found.text}", hint=hint)
 
     async def recipient(self) -> list[Finding]:
         request = self._request
         if request.recipient is None or not request.senders:
             return [Finding("no recipient to try", "skipped")]
         sender = next(iter(request.senders.values()))
+        found = await self._rehearsed(sender, request.recipient)
+        return [replace(found, text=f"{request.recipient}: {found.text}")]
+
+    async def _rehearsed(self, sender: str, recipient: str | None = None) -> Finding:
         try:
-            reply = await self._ready().rehearse(sender, request.recipient)
+            reply = await self._ready().rehearse(sender, recipient)
+        except errors.SMTPError as error:
+            return failed(error, self._options)
+        except Obstacle as obstacle:
+            return obstacle.findings[0]
         except ValueError as error:
-            text = f"{request.recipient}: {error}"
-            return [self._advised(text, "failed", "smtputf8-needed")]
-        return [Finding(f"{request.recipient}: {_told(reply)}")]
+            if f"{sender}{recipient}".isascii():
+                return Finding(str(error), "failed")
+            return self._advised(str(error), "failed", "smtputf8-needed")
+        return Finding(_told(reply))
 
     async def message(self) -> list[Finding]:
         envelope = self._request.message
@@ -390,29 +440,35 @@ class _Diagnosis:
         """Open more beside the one that is there."""
         options, wanted = self._options, self._request.connections
         here = [self._session] if self._session and self._session.is_clean else []
-        opening = [Session.open(options) for _ in range(wanted - len(here))]
+        opening = [self._open_another() for _ in range(wanted - len(here))]
         outcomes = await asyncio.gather(*opening, return_exceptions=True)
-        opened = [o for o in outcomes if isinstance(o, Session)]
-        await asyncio.gather(*(session.quit() for session in opened))
         refused = [o for o in outcomes if isinstance(o, errors.SMTPError)]
-        count = len(opened) + len(here)
+        count = len(self._others) + len(here)
         text = f"{count} of {wanted} opened at once"
         each = options.max_connections
-        fits = (
-            f"with {options.setting('max_connections')} = {each}, that is enough for "
+        enough = (
+            f"{options.setting('max_connections')} = {each}: enough for "
+            f"{_count(count // each, 'process')}"
         )
-        fits += f"{count // each} process{'' if count // each == 1 else 'es'}"
         if not refused:
-            return [Finding(text), Finding(fits)]
+            return [Finding(text), *([Finding(enough)] if count >= each else [])]
         state: State = "warning" if count >= each else "failed"
         why = f"{text}; then: {refused[0]}"
         return [
             self._advised(why, state, "fewer-connections-allowed"),
-            Finding(fits, state),
+            Finding(enough, state),
         ]
 
+    async def _open_another(self) -> None:
+        self._others.append(await Session.open(self._options))
+
     def _note(self, side: str, line: str) -> None:
-        self._lines.append(f"{side}: {line}")
+        self._lines.append(f"{side}: {self._harmless(line)}")
+
+    def _harmless(self, text: str) -> str:
+        """Return a server's words without the password, and what steers a terminal."""
+        text = redacted(text, (self._options.password,))
+        return "".join(c if c.isprintable() else " " for c in text)
 
     def _advised(self, text: str, state: State, hint_id: str) -> Finding:
         return advised(text, state, hint_id, self._options)
@@ -428,6 +484,19 @@ def _told(reply: Any) -> str:
     return f"{reply.code} {reply.text.decode('utf-8', 'replace')}".strip()
 
 
+def _told_of(attempt: probes.Attempt) -> str:
+    where = f"{_ip(attempt.address)} ({_family_name(attempt.address[0])})"
+    took = f"{attempt.seconds * 1000:.0f} ms"
+    if not isinstance(attempt.outcome, OSError):
+        return f"{where} in {took}"
+    return f"{where}: {attempt.outcome.strerror or attempt.outcome} ({took})"
+
+
+def _count(number: int, noun: str) -> str:
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
+
+
 def _ip(address: Address) -> str:
     return str(address[4][0])
 
@@ -441,5 +510,7 @@ def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 2**20:.0f} MB" if size else "without a limit"
+def _bytes(size: int) -> str:
+    if not size:
+        return "without a limit"
+    return f"{size / 2**20:.0f} MB" if size >= 2**20 else f"{size} B"

@@ -146,7 +146,12 @@ class Postfix:
             "virtual_mailbox_limit": "0",
             "mailbox_size_limit": "0",
             "message_size_limit": "52428800",
-            "smtpd_relay_restrictions": allow,
+            "smtpd_relay_restrictions": (
+                "permit_sasl_authenticated, reject_unauth_destination"
+            ),
+            "smtpd_sender_restrictions": (
+                "check_sender_access inline:{refused@example.com=REJECT}"
+            ),
             "smtpd_recipient_restrictions": (
                 f"check_recipient_access inline:{{nouser@example.com=REJECT}}, {allow}"
             ),

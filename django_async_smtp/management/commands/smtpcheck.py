@@ -41,6 +41,8 @@ EXIT_STATUS: Final[dict[str, int]] = {
 
 WIDTH: Final = 80
 NAME_WIDTH: Final = 12
+# Sign and name.
+HEAD_WIDTH: Final = 4 + NAME_WIDTH
 TIME_WIDTH: Final = 9
 BAR_WIDTH: Final = 10
 # So much time fills the bar.
@@ -138,28 +140,32 @@ class Command(BaseCommand):
             raise CommandError("--send needs --to ADDRESS.")
         output: _Output = _JSON(self) if options["format"] == "json" else _Text(self)
         worst = _Worst(count_warnings=options["fail_on_warning"])
-        for mailer in self._chosen(options):
-            asyncio.run(_check(mailer, options, output, worst))
+        for alias in self._chosen(options):
+            mailer, first = _of_settings(alias)
+            asyncio.run(_check(mailer, first, options, output, worst))
         output.close(worst.exit_status)
         if worst.exit_status:
             sys.exit(worst.exit_status)
 
-    def _chosen(self, options: dict[str, Any]) -> list[checks.Mailer]:
+    def _chosen(self, options: dict[str, Any]) -> list[str]:
         aliases = checks.aliases()
         if options["all"]:
-            return [checks.mailer(alias) for alias in aliases]
+            return aliases
         alias = options["using"] or checks.DEFAULT_ALIAS
         if alias not in aliases:
             known = ", ".join(aliases) or "none"
             raise CommandError(f"There is no mailer {alias!r}. Known: {known}.")
-        return [checks.mailer(alias)]
+        return [alias]
 
 
 async def _check(
-    mailer: checks.Mailer, options: dict[str, Any], output: _Output, worst: _Worst
+    mailer: checks.Mailer,
+    first: StageReport,
+    options: dict[str, Any],
+    output: _Output,
+    worst: _Worst,
 ) -> None:
     """Check each server of a mailer, and print what is found as it is found."""
-    first = _of_settings(mailer)
     servers = mailer.servers if first.state != "skipped" else ()
     for server in servers or (None,):
         output.begin(mailer, server)
@@ -172,7 +178,21 @@ async def _check(
                 async for report in reports:
                     output.stage(report, options["transcript"])
                     worst.note(report)
+        elif first.state == "failed":
+            for report in _out_of_reach(options["until"]):
+                output.stage(report, options["transcript"])
         output.end()
+
+
+def _out_of_reach(until: str | None) -> list[StageReport]:
+    """Return the stages behind settings that cannot be used."""
+    why = Finding("not reached: settings failed", "skipped")
+    names: list[str] = [stage for stage in STAGES if stage != "connections"]
+    if until == "settings":
+        names = []
+    elif until in names:
+        names = names[: names.index(until) + 1]
+    return [StageReport(name, (why,)) for name in names]
 
 
 def _stages(
@@ -183,7 +203,7 @@ def _stages(
         until=options["until"],
         senders=_senders(),
         recipient=options["to"],
-        message=_message(mailer, server, options["to"]) if options["send"] else None,
+        message=_message(mailer, server, options) if options["send"] else None,
         connections=options["connections"],
         timeout=options["timeout"],
         cert_days=options["cert_days"],
@@ -191,15 +211,18 @@ def _stages(
     )
 
 
-def _of_settings(mailer: checks.Mailer) -> StageReport:
-    """Return what the system checks say of a mailer, as a stage."""
+def _of_settings(alias: str) -> tuple[checks.Mailer, StageReport]:
+    """Return a mailer, and what the system checks say of it, as a stage."""
     start = time.monotonic()
-    problems = tuple(map(_finding, checks.problems(mailer)))
-    if not problems and not mailer.servers:
+    # This machine's name is looked up here.
+    mailer = checks.mailer(alias)
+    found = tuple(map(_finding, checks.problems(mailer)))
+    if not found and not mailer.servers:
         text = f"{mailer.path} does not send over SMTP: there is nothing to check"
-        return StageReport("settings", (Finding(text, "skipped"),))
-    used = [Finding(mailer.path)] if mailer.servers else []
-    return StageReport("settings", (*used, *problems), seconds=time.monotonic() - start)
+        return mailer, StageReport("settings", (Finding(text, "skipped"),))
+    if mailer.servers:
+        found = (Finding(mailer.path), *found)
+    return mailer, StageReport("settings", found, seconds=time.monotonic() - start)
 
 
 def _finding(problem: CheckMessage) -> Finding:
@@ -218,12 +241,20 @@ def _senders() -> dict[str, str]:
     return found
 
 
-def _message(mailer: checks.Mailer, server: Options, to: str) -> Envelope:
+def _message(
+    mailer: checks.Mailer, server: Options, options: dict[str, Any]
+) -> Envelope | None:
+    """Return the test message; None where DEFAULT_FROM_EMAIL is no address."""
     text = (
         f"This is a test message of manage.py smtpcheck.\n\n"
         f"Mailer: {mailer.alias}\nServer: {server.server}\n"
     )
-    return prepare(EmailMessage("smtpcheck: mail works", text, to=[to]))
+    message = EmailMessage("smtpcheck: mail works", text, to=[options["to"]])
+    try:
+        return prepare(message)
+    except ValueError:
+        # The settings stage has said so.
+        return None
 
 
 class _Worst:
@@ -322,38 +353,44 @@ class _Text:
         self._signs = SIGNS if self._is_unicode else ASCII_SIGNS
         self._arrow = "→" if self._is_unicode else "->"
         self._reports: list[StageReport] = []
-        self._title = ""
 
     def begin(self, mailer: checks.Mailer, server: Options | None) -> None:
-        self._title = (
-            mailer.alias
-            if server is None
-            else (f"{mailer.alias}: {server.server}, {_security(server)}")
-        )
+        title = mailer.alias
+        if server is not None:
+            title += f": {server.server}, {_security(server)}"
         self._reports = []
-        self._write(self._printable(self._title))
+        self._paragraph(title, str)
 
     def stage(self, report: StageReport, transcript: bool) -> None:
         self._reports.append(report)
-        style = self._styles[report.state]
-        head = f"  {self._signs[report.state]} {report.stage:<{NAME_WIDTH}}"
-        texts = [self._printable(finding.text) for finding in report.findings]
-        first, *others = _wrapped(texts, len(head), TIME_WIDTH + BAR_WIDTH)
-        width = WIDTH - len(head) - TIME_WIDTH - BAR_WIDTH
-        took = self._took(report)
-        self._write(f"{style(head)}{first:<{width}}{took}".rstrip())
-        for line in others:
-            self._write(" " * len(head) + line)
-        for hint in dict.fromkeys(finding.hint for finding in report.findings):
-            self._hint(hint, len(head))
+        indent = " " * HEAD_WIDTH
+        for number, finding in enumerate(report.findings):
+            if number:
+                self._paragraph(finding.text, str, indent)
+            else:
+                self._first_finding(report, indent)
+            later = report.findings[number + 1 :]
+            if finding.hint not in [other.hint for other in later]:
+                lead = f"{indent}{self._arrow} "
+                self._paragraph(finding.hint, self._hint_style, lead)
         for line in report.transcript if transcript else ():
-            self._write(f"      {self._printable(line)}")
+            self._paragraph(line, str, " " * 6)
+
+    def _first_finding(self, report: StageReport, indent: str) -> None:
+        """Write the line of a stage: sign, name, finding, time and bar."""
+        head = f"  {self._signs[report.state]} {report.stage:<{NAME_WIDTH}}"
+        margin = TIME_WIDTH + BAR_WIDTH
+        text = self._printable(report.findings[0].text)
+        first, *others = _wrapped(text, WIDTH - HEAD_WIDTH, margin)
+        shown = f"{first:<{WIDTH - HEAD_WIDTH - margin}}{self._took(report)}"
+        self._write(f"{self._styles[report.state](head)}{shown}".rstrip())
+        for line in others:
+            self._write(indent + line)
 
     def end(self) -> None:
         states = [report.state for report in self._reports]
         overall = _overall(states)
-        verdict = self._verdict(overall)
-        self._write(self._styles[overall](self._printable(verdict)))
+        self._paragraph(self._verdict(overall), self._styles[overall])
 
     def close(self, exit_status: int) -> None:
         if exit_status:
@@ -371,23 +408,26 @@ class _Text:
         if failed:
             parts.append(f"{', '.join(failed)} failed")
         verdict = f"{'; '.join(parts)}."
-        needed = [stage for stage in failed if stage not in SIDE_STAGES]
-        return f"Mail cannot be sent: {verdict}" if needed else verdict
+        if any(map(_stops_mail, self._reports)):
+            return f"Mail cannot be sent: {verdict}"
+        return verdict if failed or warned else f"No problem found: {verdict}"
 
-    def _hint(self, hint: str, indent: int) -> None:
-        mark = f"{self._arrow} "
-        lines = textwrap.wrap(
-            self._printable(hint), WIDTH - indent - len(mark), break_on_hyphens=False
-        )
-        for number, line in enumerate(lines):
-            lead = " " * len(mark) if number else mark
-            self._write(" " * indent + self._hint_style(lead + line))
+    def _paragraph(
+        self, text: str, style: Callable[[str], str], lead: str = ""
+    ) -> None:
+        """Write a text as lines; ``lead`` begins the first, spaces the others."""
+        width = WIDTH - len(lead)
+        lines = textwrap.wrap(self._printable(text), width, break_on_hyphens=False)
+        for line in lines:
+            self._write(style(lead + line))
+            lead = " " * len(lead)
 
     def _took(self, report: StageReport) -> str:
         if report.state == "skipped":
             return ""
-        milliseconds = f"{report.seconds * 1000:.0f} ms"
-        return f"{milliseconds:>{TIME_WIDTH - 1}} {self._bar(report.seconds)}"
+        seconds = report.seconds
+        time = f"{seconds * 1000:.0f} ms" if seconds < 100 else f"{seconds:.0f} s"
+        return f"{time:>{TIME_WIDTH - 1}} {self._bar(seconds)}"
 
     def _bar(self, seconds: float) -> str:
         filled = min(seconds / BAR_SECONDS, 1.0) * BAR_WIDTH
@@ -413,13 +453,20 @@ class _Text:
         self._out.flush()
 
 
-def _wrapped(texts: list[str], indent: int, first_margin: int) -> list[str]:
-    """Return the lines of the texts, the first one with room left behind it."""
-    first, *others = texts
-    width = WIDTH - indent
-    start, *rest = textwrap.wrap(first, width - first_margin) or [""]
-    lines = [start, *textwrap.wrap(" ".join(rest), width)]
-    return lines + [line for text in others for line in textwrap.wrap(text, width)]
+def _wrapped(text: str, width: int, first_margin: int) -> list[str]:
+    """Return a text's lines, the first one with room left behind it."""
+    # The room is taken as an indentation, and given back.
+    room = " " * first_margin
+    lines = textwrap.wrap(text, width, initial_indent=room, break_on_hyphens=False)
+    return [line.removeprefix(room) for line in lines] or [""]
+
+
+def _stops_mail(report: StageReport) -> bool:
+    """Whether no mail can be sent because of what a stage found."""
+    # Mail goes out from the first sender's address.
+    is_other_sender = report.stage == "sender" and report.findings[0].state == "ok"
+    is_side = report.stage in SIDE_STAGES or is_other_sender
+    return report.state == "failed" and not is_side
 
 
 def _overall(states: Sequence[str]) -> State:
