@@ -245,6 +245,8 @@ class Dialogue(asyncio.Protocol):
         self._transport.write(data)
 
     async def _next_reply(self, timeout: float) -> Reply:
+        if self._replies:
+            return self._replies.popleft()
         try:
             async with asyncio.timeout(timeout):
                 while not self._replies:
