@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
@@ -54,13 +53,29 @@ class Source(Protocol):
     def finish(self, done: Sequence[Done]) -> None:
         """Say what became of the last ones."""
 
-    def put_back(self, items: Sequence[Item]) -> None:
-        """Return what was taken and not tried."""
+
+@dataclass
+class Outcome:
+    """
+    How a call ended.
+
+    :ivar untold: what became of the last messages; ``Source.finish`` is to be told.
+    :ivar left: what was taken and not tried, where it ended early.
+    :ivar ended_by: the error that did that.
+    """
+
+    untold: Sequence[Done]
+    left: Sequence[Item]
+    ended_by: errors.SMTPError | None
 
 
 async def deliver(
-    in_caller: InCaller, source: Source, route: Route, pools: list[Pool]
-) -> errors.SMTPError | None:
+    in_caller: InCaller,
+    source: Source,
+    route: Route,
+    pools: list[Pool],
+    first: Item | None = None,
+) -> Outcome:
     """
     Send the messages of a source, on several sessions where it has a backlog.
 
@@ -68,18 +83,21 @@ async def deliver(
     as well does: then the rest is left in the source.
 
     :param pools: those of the route's servers.
-    :returns: the error that ended it early, if one did.
+    :param first: what was taken from the source already.
     """
     work = _Work(in_caller, source, route, pools)
+    if first is not None:
+        work.left.append(first)
     await work.run()
-    return work.ended_by
+    return Outcome(work.untold, work.left, work.ended_by)
 
 
 class _Work:
     """
     One call's workers: the first one, and helpers that come for a backlog.
 
-    :ivar left: taken by workers that could not send them, for the others.
+    :ivar left: taken already, by workers that could not send them.
+    :ivar untold: what became of messages, to be told in the caller's thread.
     :ivar at_work: how many workers will look there again.
     """
 
@@ -90,6 +108,7 @@ class _Work:
         self.ended_by: errors.SMTPError | None = None
         self.broken: Exception | None = None
         self.left: deque[Item] = deque()
+        self.untold: list[Done] = []
         self.at_work = 0
         self._in_caller = in_caller
         self._route = route
@@ -108,13 +127,15 @@ class _Work:
                     await asyncio.wait(self._tasks)
                 if not self.left or self.ended_by is not None or self._is_stopped:
                     break
-        finally:
+        except BaseException:
             self._cancel_others()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            _note(self.untold)
+            raise
         if self._is_stopped:
-            raise cast("Exception", self.broken)
-        if self.left:
-            await self._in_caller(self.source.put_back, self.left)
+            _note(self.untold)
+        elif self.broken is not None:
+            await self._in_caller(self.source.finish, self.untold)
         if self.broken is not None:
             raise self.broken
 
@@ -134,14 +155,14 @@ class _Work:
         if self.left:
             return self.left.popleft()
         async with self._callers_turn:
-            with _emptied(done) as told:
+            # Told but once, even where that raises.
+            told = done[:]
+            done.clear()
+            try:
                 return await self._in_caller(self.source.take, told)
-
-    async def finish(self, done: list[Done]) -> None:
-        """Tell what became of the last messages; empties the list."""
-        async with self._callers_turn:
-            with _emptied(done) as told:
-                await self._in_caller(self.source.finish, told)
+            except BaseException:
+                _note(told)
+                raise
 
     def get_help(self) -> None:
         """Have further workers come, as many as the options allow."""
@@ -216,12 +237,10 @@ class _Worker:
             work.broken = work.broken or broken
         finally:
             work.at_work -= 1
-        if self._done:
-            await work.finish(self._done)
+            work.untold += self._done
 
     def stop(self) -> None:
-        """Note what could not be told in the caller's thread."""
-        _note(self._done)
+        """Break off what is being built."""
         if self._ahead is not None:
             self._ahead.cancel()
 
@@ -264,18 +283,7 @@ class _Worker:
         return cast("Envelope", item.envelope) if is_built and item else None
 
 
-@contextmanager
-def _emptied(done: list[Done]) -> Iterator[list[Done]]:
-    """Provide what is told in the caller's thread, even if it raises: only once."""
-    told = done[:]
-    done.clear()
-    try:
-        yield told
-    except BaseException:
-        _note(told)
-        raise
-
-
 def _note(done: list[Done]) -> None:
+    """Leave with the messages what cannot be told in the caller's thread."""
     for item, delivery in done:
         item.message.delivery = delivery  # type: ignore[attr-defined]

@@ -104,6 +104,11 @@ class SMTPLoop:
             for pool in pools:
                 pool.users -= 1
 
+    def is_warm(self, route: Route) -> bool:
+        """Whether a session with one of the servers is there; from any thread."""
+        pools = map(self.pools.get, route.servers)
+        return any(pool.has_session and not pool.is_down for pool in pools if pool)
+
     def _pool(self, options: Options) -> Pool:
         pool = self.pools.get(options)
         if pool is None:
