@@ -15,7 +15,7 @@ from django.core.mail.utils import DNS_NAME
 from . import options as opts
 from . import tls
 from .delivery import Courier
-from .dispatch import deliver
+from .dispatch import Item, Outcome, deliver
 from .errors import SMTPError
 from .loop import InCaller, smtp_loop
 from .mailing import Mailing, log_failure
@@ -125,7 +125,8 @@ class Backend(BaseEmailBackend):
         self._not_opened = None
         route = self.route()
         try:
-            smtp_loop().call(_warm, route)
+            if not smtp_loop().is_warm(route):
+                smtp_loop().call(_warm, route)
         except SMTPError as error:
             if not self.fail_silently:
                 raise
@@ -142,7 +143,8 @@ class Backend(BaseEmailBackend):
         self._not_opened = None
         route = await sync_to_async(self.route)()
         try:
-            await smtp_loop().acall(_warm, route)
+            if not smtp_loop().is_warm(route):
+                await smtp_loop().acall(_warm, route)
         except SMTPError as error:
             if not self.fail_silently:
                 raise
@@ -205,15 +207,15 @@ class Backend(BaseEmailBackend):
         if opened is None:
             return self._opened_silently(mailing)
         try:
-            route = self.connection or self.route()
-            ended_by = smtp_loop().call(_deliver, mailing, route)
+            route, first = self._begin(mailing)
+            outcome = smtp_loop().call(_deliver, mailing, route, first)
         except BaseException:
             mailing.log_failures()
             raise
         finally:
             if opened:
                 self.close()
-        failure = mailing.settle(ended_by)
+        failure = mailing.conclude(outcome)
         if failure is not None:
             raise failure
         return mailing.sent
@@ -236,20 +238,23 @@ class Backend(BaseEmailBackend):
         if opened is None:
             return await sync_to_async(self._opened_silently)(mailing)
         try:
-            route = self.connection or await sync_to_async(self.route)()
-            ended_by = await smtp_loop().acall(_deliver, mailing, route)
+            route, first = await sync_to_async(self._begin)(mailing)
+            outcome = await smtp_loop().acall(_deliver, mailing, route, first)
         except BaseException:
             await sync_to_async(mailing.log_failures)()
             raise
         finally:
             if opened:
                 await self.aclose()
-        if ended_by is not None or not mailing.is_settled:
-            # What it logs may be handled by code that must not block this loop.
-            failure = await sync_to_async(mailing.settle)(ended_by)
-            if failure is not None:
-                raise failure
+        # What it logs may be handled by code that must not block this loop.
+        failure = await sync_to_async(mailing.conclude)(outcome)
+        if failure is not None:
+            raise failure
         return mailing.sent
+
+    def _begin(self, mailing: Mailing) -> tuple[opts.Route, Item | None]:
+        """Take and build the first message; in the thread for user code."""
+        return self.connection or self.route(), mailing.take(())
 
     def _with_defaults(self, given: dict[str, Any]) -> dict[str, Any]:
         if self.alias is None and not opts.uses_mailers():
@@ -304,7 +309,7 @@ async def _warm(in_caller: InCaller, route: opts.Route) -> None:
 
 
 async def _deliver(
-    in_caller: InCaller, mailing: Mailing, route: opts.Route
-) -> SMTPError | None:
+    in_caller: InCaller, mailing: Mailing, route: opts.Route, first: Item | None
+) -> Outcome:
     with smtp_loop().pools_for(route) as pools:
-        return await deliver(in_caller, mailing, route, pools)
+        return await deliver(in_caller, mailing, route, pools, first)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
 
 from . import errors
 from .delivery import Courier, Delivery, is_before_mail
@@ -22,6 +21,10 @@ if TYPE_CHECKING:
     from .pool import Pool
 
 T = TypeVar("T")
+
+# How many messages a worker has built, at most, while it sends another one. With the
+# second, the first can begin with the end of that one, and this with the end of it.
+AHEAD: Final = 2
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,29 @@ class Source(Protocol):
     def finish(self, done: Sequence[Done]) -> None:
         """Say what became of the last ones."""
 
-    def put_back(self, items: Sequence[Item]) -> None:
-        """Return what was taken and not tried."""
+
+@dataclass
+class Outcome:
+    """
+    How a call ended.
+
+    :ivar untold: what became of the last messages; ``Source.finish`` is to be told.
+    :ivar left: what was taken and not tried, where it ended early.
+    :ivar ended_by: the error that did that.
+    """
+
+    untold: Sequence[Done]
+    left: Sequence[Item]
+    ended_by: errors.SMTPError | None
 
 
 async def deliver(
-    in_caller: InCaller, source: Source, route: Route, pools: list[Pool]
-) -> errors.SMTPError | None:
+    in_caller: InCaller,
+    source: Source,
+    route: Route,
+    pools: list[Pool],
+    first: Item | None = None,
+) -> Outcome:
     """
     Send the messages of a source, on several sessions where it has a backlog.
 
@@ -68,18 +87,21 @@ async def deliver(
     as well does: then the rest is left in the source.
 
     :param pools: those of the route's servers.
-    :returns: the error that ended it early, if one did.
+    :param first: what was taken from the source already.
     """
     work = _Work(in_caller, source, route, pools)
+    if first is not None:
+        work.left.append(first)
     await work.run()
-    return work.ended_by
+    return Outcome(work.untold, work.left, work.ended_by)
 
 
 class _Work:
     """
     One call's workers: the first one, and helpers that come for a backlog.
 
-    :ivar left: taken by workers that could not send them, for the others.
+    :ivar left: taken already, by workers that could not send them.
+    :ivar untold: what became of messages, to be told in the caller's thread.
     :ivar at_work: how many workers will look there again.
     """
 
@@ -90,6 +112,7 @@ class _Work:
         self.ended_by: errors.SMTPError | None = None
         self.broken: Exception | None = None
         self.left: deque[Item] = deque()
+        self.untold: list[Done] = []
         self.at_work = 0
         self._in_caller = in_caller
         self._route = route
@@ -106,15 +129,17 @@ class _Work:
                 self.start(self._work(Courier(self._route, self._pools)))
                 while self._tasks:
                     await asyncio.wait(self._tasks)
-                if not self.left or self.ended_by is not None or self._is_stopped:
+                if not self.left or self.is_over:
                     break
-        finally:
+        except BaseException:
             self._cancel_others()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            _note(self.untold)
+            raise
         if self._is_stopped:
-            raise cast("Exception", self.broken)
-        if self.left:
-            await self._in_caller(self.source.put_back, self.left)
+            _note(self.untold)
+        elif self.broken is not None:
+            await self._in_caller(self.source.finish, self.untold)
         if self.broken is not None:
             raise self.broken
 
@@ -134,14 +159,16 @@ class _Work:
         if self.left:
             return self.left.popleft()
         async with self._callers_turn:
-            with _emptied(done) as told:
+            # Told but once, even where that raises.
+            told = done[:]
+            done.clear()
+            try:
                 return await self._in_caller(self.source.take, told)
-
-    async def finish(self, done: list[Done]) -> None:
-        """Tell what became of the last messages; empties the list."""
-        async with self._callers_turn:
-            with _emptied(done) as told:
-                await self._in_caller(self.source.finish, told)
+            except BaseException as broken:
+                _note(told)
+                if isinstance(broken, Exception):
+                    self.broken = self.broken or broken
+                raise
 
     def get_help(self) -> None:
         """Have further workers come, as many as the options allow."""
@@ -185,6 +212,11 @@ class _Work:
             task.cancel()
 
     @property
+    def is_over(self) -> bool:
+        """Whether no more may be sent, built or not."""
+        return self.ended_by is not None or self._is_stopped
+
+    @property
     def _is_stopped(self) -> bool:
         """Whether no more user code may run."""
         return isinstance(self.broken, CallerStopped)
@@ -196,13 +228,13 @@ class _Work:
 
 
 class _Worker:
-    """Sends one message while the next one is built."""
+    """Sends one message while the next ones are built."""
 
     def __init__(self, work: _Work, courier: Courier) -> None:
         self._work = work
         self._courier = courier
         self._done: list[Done] = []
-        self._ahead: asyncio.Task[Item | None] | None = None
+        self._ahead: deque[asyncio.Task[Item | None]] = deque()
 
     async def run(self) -> None:
         """Send until nothing is left, or nothing can be sent."""
@@ -210,30 +242,30 @@ class _Worker:
         work.at_work += 1
         try:
             await self._send_all()
+            await self._leave_rest()
         except CallerStopped:
             raise
-        except Exception as broken:
-            work.broken = work.broken or broken
+        except Exception:
+            # Of user code: ``work.broken``. What it gave before is sent.
+            await self._leave_rest()
         finally:
             work.at_work -= 1
-        if self._done:
-            await work.finish(self._done)
+            work.untold += self._done
 
     def stop(self) -> None:
-        """Note what could not be told in the caller's thread."""
-        _note(self._done)
-        if self._ahead is not None:
-            self._ahead.cancel()
+        """Break off what is being built."""
+        for building in self._ahead:
+            building.cancel()
 
     async def _send_all(self) -> None:
         work, courier = self._work, self._courier
         item = await work.take(self._done)
-        while item is not None and work.ended_by is None:
+        while item is not None and not work.is_over:
             if item.has_backlog:
                 work.get_help()
-            if not item.is_last and work.broken is None:
-                self._ahead = work.start(work.take(self._done))
-            delivery = await courier.deliver(item.envelope, self._built_ahead)
+            if not item.is_last:
+                self._build_ahead()
+            delivery = await courier.deliver(item.envelope, self._upcoming)
             self._done.append((item, delivery))
             error = delivery.error
             if courier.is_cut_off(error):
@@ -245,37 +277,34 @@ class _Worker:
         if item is not None:
             work.left.append(item)
 
+    def _build_ahead(self) -> None:
+        while len(self._ahead) < AHEAD and self._work.broken is None:
+            self._ahead.append(self._work.start(self._work.take(self._done)))
+
     async def _next(self) -> Item | None:
-        item = None
-        if self._ahead is not None:
-            item = await self._ahead
-            self._ahead = None
+        item = await self._ahead.popleft() if self._ahead else None
         if item is None and self._work.left:
             item = self._work.left.popleft()
         return item
 
-    def _built_ahead(self) -> Envelope | None:
+    async def _leave_rest(self) -> None:
+        """Leave what was built and not sent to the others."""
+        while self._ahead:
+            item = await self._ahead.popleft()
+            if item is not None:
+                self._work.left.append(item)
+
+    def _upcoming(self) -> Envelope | None:
         """Return the next message, if it is built by now."""
-        ahead = self._ahead
-        if ahead is None or not ahead.done() or ahead.cancelled() or ahead.exception():
+        building = self._ahead[0] if self._ahead else None
+        if building is None or not building.done() or building.cancelled():
             return None
-        item = ahead.result()
-        is_built = item is not None and isinstance(item.envelope, Envelope)
-        return cast("Envelope", item.envelope) if is_built and item else None
-
-
-@contextmanager
-def _emptied(done: list[Done]) -> Iterator[list[Done]]:
-    """Provide what is told in the caller's thread, even if it raises: only once."""
-    told = done[:]
-    done.clear()
-    try:
-        yield told
-    except BaseException:
-        _note(told)
-        raise
+        item = None if building.exception() else building.result()
+        envelope = item.envelope if item is not None else None
+        return envelope if isinstance(envelope, Envelope) else None
 
 
 def _note(done: list[Done]) -> None:
+    """Leave with the messages what cannot be told in the caller's thread."""
     for item, delivery in done:
         item.message.delivery = delivery  # type: ignore[attr-defined]

@@ -18,10 +18,12 @@ import warnings
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from aiosmtplib import SMTPServerDisconnected
-from asgiref.sync import SyncToAsync, async_to_sync, sync_to_async
+from asgiref.sync import sync_to_async
 
 from .logs import is_within_a_log_handler, quiet
 from .pool import Counts, Pool
@@ -44,8 +46,6 @@ DNS_THREADS: Final = 2
 # How many are kept before those that nobody uses are dropped: settings that change
 # with every message would fill the memory otherwise.
 MAX_POOLS: Final = 100
-
-_HINTS: Final = ("main_event_loop", "main_event_loop_pid", "task_context")
 
 
 class InCaller(Protocol):
@@ -104,6 +104,11 @@ class SMTPLoop:
             for pool in pools:
                 pool.users -= 1
 
+    def is_warm(self, route: Route) -> bool:
+        """Whether a session with one of the servers is there; from any thread."""
+        pools = map(self.pools.get, route.servers)
+        return any(pool.has_session and not pool.is_down for pool in pools if pool)
+
     def _pool(self, options: Options) -> Pool:
         pool = self.pools.get(options)
         if pool is None:
@@ -131,16 +136,17 @@ class SMTPLoop:
                 "Mail cannot be sent synchronously from the SMTP thread: "
                 "await asend_messages()."
             )
-        handle = _Handle()
+        caller = _Caller(self.loop, work, args)
         try:
+            wait: Callable[[], T] = caller.result
             if _is_in_running_loop():
                 _warn_of_blocking()
-                return self._call_from_helper_thread(handle, work, args)
-            return self._call(handle, work, args)
+                return _from_helper_thread(wait)
+            return wait()
         except CallerStopped as stopped:
             raise stopped.reason from None
         except BaseException:
-            handle.cancel()
+            caller.cancel()
             raise
 
     async def acall(self, work: Work[T], *args: Any) -> T:
@@ -176,50 +182,6 @@ class SMTPLoop:
         with suppress(TimeoutError):
             closing.result(timeout)
 
-    def _call(self, handle: _Handle, work: Work[T], args: tuple[Any, ...]) -> T:
-        with _directed_to(self.loop) as hints:
-            result: T = async_to_sync(self._run_here)(handle, hints, work, args)
-            return result
-
-    async def _run_here(
-        self,
-        handle: _Handle,
-        hints: dict[str, Any],
-        work: Work[T],
-        args: tuple[Any, ...],
-    ) -> T:
-        handle.start()
-        if asyncio.get_running_loop() is not self.loop:
-            # asgiref did not follow the hint.
-            return await self.acall(work, *args)
-        context = contextvars.copy_context()
-
-        async def in_caller(function: Callable[..., R], *args: Any) -> R:
-            capturing = _capturing(_with_hints, hints, function, *args)
-            outcome: Future[R]
-            outcome = await self.loop.create_task(capturing, context=context)
-            return _released(outcome)
-
-        try:
-            return await self.loop.create_task(
-                work(in_caller, *args), context=contextvars.Context()
-            )
-        finally:
-            # What user code has set, asgiref takes back to the caller.
-            for variable, value in context.items():
-                variable.set(value)
-
-    def _call_from_helper_thread(
-        self, handle: _Handle, work: Work[T], args: tuple[Any, ...]
-    ) -> T:
-        context = contextvars.copy_context()
-        context.run(quiet.set, quiet.get() or is_within_a_log_handler())
-        executor = ThreadPoolExecutor(1, thread_name_prefix="django-async-smtp-caller")
-        try:
-            return executor.submit(context.run, self._call, handle, work, args).result()
-        finally:
-            executor.shutdown(wait=False)
-
     def close_idle_soon(self, route: Route) -> None:
         """Close what is idle with the route's servers, without waiting for it."""
 
@@ -247,47 +209,74 @@ class SMTPLoop:
         self.loop.run_forever()
 
 
-class _Handle:
-    """Lets a caller cancel its work, started or not."""
+class _Caller:
+    """
+    A thread that waits for its work on the loop, and meanwhile runs what that asks for.
 
-    def __init__(self) -> None:
-        self._task: asyncio.Task[Any] | None = None
+    Not asgiref's ``async_to_sync``: that takes a context, a task and an executor for
+    each function, ten times the CPU.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, work: Work[Any], args: tuple[Any, ...]
+    ) -> None:
+        self._loop = loop
+        self._requests: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._is_cancelled = False
+        # In an empty context: what is started would keep the caller's for long.
+        self._running: Future[Any] = contextvars.Context().run(
+            asyncio.run_coroutine_threadsafe, self._start(work, args), loop
+        )
+        self._running.add_done_callback(lambda _: self._requests.put(None))
 
-    def start(self) -> None:
-        """Take the current task for the work."""
-        self._task = asyncio.current_task()
-        if self._is_cancelled:
-            raise asyncio.CancelledError
+    def result(self) -> Any:
+        """Run functions, in this thread, until the work is done; return its result."""
+        while (request := self._requests.get()) is not None:
+            request()
+        return self._running.result()
 
     def cancel(self) -> None:
+        """Cancel the work, started or not."""
         self._is_cancelled = True
-        if self._task is not None:
-            # RuntimeError: the loop has ended, and with it the task.
-            with suppress(RuntimeError):
-                self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+        self._running.cancel()
+
+    async def _start(self, work: Work[T], args: tuple[Any, ...]) -> T:
+        if self._is_cancelled:
+            raise asyncio.CancelledError
+        return await work(self.run, *args)
+
+    async def run(self, function: Callable[..., R], *args: Any) -> R:
+        """Run a function in the caller's thread; to be awaited on the loop."""
+        outcome: asyncio.Future[R] = self._loop.create_future()
+        self._requests.put(partial(self._answer, outcome, function, args))
+        return await outcome
+
+    def _answer(
+        self,
+        outcome: asyncio.Future[R],
+        function: Callable[..., R],
+        args: tuple[Any, ...],
+    ) -> None:
+        if outcome.cancelled():
+            return
+        try:
+            settle = partial(_set_result, outcome, function(*args))
+        except BaseException as error:
+            # KeyboardInterrupt or SystemExit in a task would end the loop, and with it
+            # everybody's mail.
+            raised = CallerStopped(error) if _is_unfit_for_tasks(error) else error
+            settle = partial(_set_exception, outcome, raised)
+        self._loop.call_soon_threadsafe(settle)
 
 
-@contextmanager
-def _directed_to(loop: asyncio.AbstractEventLoop) -> Iterator[dict[str, Any]]:
-    """
-    Tell asgiref to run this thread's next ``async_to_sync`` on the loop.
-
-    Without a task context: it would cancel the loop's task from this thread.
-    """
-    threadlocal = SyncToAsync.threadlocal
-    hints = {name: getattr(threadlocal, name, None) for name in _HINTS}
-    vars(threadlocal).update(zip(_HINTS, (loop, os.getpid(), None), strict=True))
-    try:
-        yield hints
-    finally:
-        vars(threadlocal).update(hints)
+def _set_result(outcome: asyncio.Future[R], result: R) -> None:
+    if not outcome.done():
+        outcome.set_result(result)
 
 
-def _with_hints(hints: dict[str, Any], function: Callable[..., T], *args: Any) -> T:
-    """Keep ``async_to_sync`` in user code off the SMTP loop."""
-    vars(SyncToAsync.threadlocal).update(hints)
-    return function(*args)
+def _set_exception(outcome: asyncio.Future[Any], error: BaseException) -> None:
+    if not outcome.done():
+        outcome.set_exception(error)
 
 
 async def _capturing(function: Callable[..., T], *args: Any) -> Future[T]:
@@ -338,6 +327,17 @@ def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
             threading.Thread(
                 target=loop.default_exception_handler, args=(context,), daemon=True
             ).start()
+
+
+def _from_helper_thread(function: Callable[[], T]) -> T:
+    """Run a function where no loop is running, in the caller's context."""
+    context = contextvars.copy_context()
+    context.run(quiet.set, quiet.get() or is_within_a_log_handler())
+    executor = ThreadPoolExecutor(1, thread_name_prefix="django-async-smtp-caller")
+    try:
+        return executor.submit(context.run, function).result()
+    finally:
+        executor.shutdown(wait=False)
 
 
 def _is_in_running_loop() -> bool:

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from .delivery import Delivery
-from .dispatch import Done, Item
+from .dispatch import Done, Item, Outcome
 from .envelope import Envelope, prepare
 from .errors import SMTPError
 from .logs import log, masked, quiet
@@ -65,11 +65,6 @@ class Mailing:
         """Whether there was no message at all."""
         return not (self._ahead or self._taken)
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether nothing remains to be raised or logged."""
-        return not self._failures
-
     def take(self, done: Sequence[Done]) -> Item | None:
         """Finish some messages, and return the next, built; None at the end."""
         self.finish(done)
@@ -86,10 +81,6 @@ class Mailing:
         for item, delivery in done:
             self._finish(item, delivery)
 
-    def put_back(self, items: Sequence[Item]) -> None:
-        """Take messages back that were not tried."""
-        self._returned.extend(items)
-
     def _finish(self, item: Item, delivery: Delivery) -> None:
         self.sent += delivery.state == "sent"
         error = delivery.error
@@ -100,6 +91,12 @@ class Mailing:
         elif delivery.refused:
             log_refused(delivery)
         self._tell(item.message, delivery)
+
+    def conclude(self, outcome: Outcome) -> Exception | None:
+        """Tell the rest of a call's outcome; return the error that must be raised."""
+        self.finish(outcome.untold)
+        self._returned.extend(outcome.left)
+        return self.settle(outcome.ended_by)
 
     def settle(self, ended_by: SMTPError | None = None) -> Exception | None:
         """

@@ -96,13 +96,13 @@ class Dialogue(asyncio.Protocol):
     @property
     def is_clean(self) -> bool:
         """Whether the connection is open, with every reply read and none too many."""
-        return self.is_open and self._due == 0 and not self._replies
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the connection is open, and every reply so far was due."""
-        is_lost = self._lost is not None or self._transport.is_closing()
-        return self._in_step and not is_lost
+        return (
+            self._lost is None
+            and self._in_step
+            and self._due == 0
+            and not self._replies
+            and not self._transport.is_closing()
+        )
 
     @property
     def is_in_step(self) -> bool:
@@ -245,6 +245,8 @@ class Dialogue(asyncio.Protocol):
         self._transport.write(data)
 
     async def _next_reply(self, timeout: float) -> Reply:
+        if self._replies:
+            return self._replies.popleft()
         try:
             async with asyncio.timeout(timeout):
                 while not self._replies:

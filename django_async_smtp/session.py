@@ -137,10 +137,11 @@ class Session:
                     await self._dialogue.send(commands, self.options.timeout)
             self.begun = None
             receipt = await self._transact(envelope, commands, following)
-        except (errors.ResponseError, errors.RecipientsRefused):
+        except (errors.ResponseError, errors.RecipientsRefused) as error:
             if self.begun is None:
                 await self._reset()
-            elif not self._dialogue.is_open:
+            elif getattr(error, "smtp_code", 0) == -1:
+                # Whose the next replies are cannot be told.
                 self.abort()
             raise
         except BaseException:

@@ -83,18 +83,6 @@ def server() -> Iterator[ScriptedServer]:
         yield running
 
 
-@pytest.fixture(params=["followed", "ignored"])
-def hint(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the test with asgiref as it is, and as one that ignores the hint."""
-    if request.param == "ignored":
-        monkeypatch.setattr(loop, "_directed_to", no_direction)
-
-
-@contextmanager
-def no_direction(_: object) -> Iterator[dict[str, Any]]:
-    yield {}
-
-
 # One thread and one loop.
 
 
@@ -179,15 +167,7 @@ def test_the_async_api_works_on_the_smtp_thread(
 # asgiref.
 
 
-def test_asgiref_follows_the_hint_to_the_smtp_loop() -> None:
-    smtp = smtp_loop()
-    with loop._directed_to(smtp.loop):
-        thread = async_to_sync(current_thread)()
-    assert thread is smtp.thread, "sync callers take the slow way: see _directed_to()"
-
-
-@pytest.mark.usefixtures("hint")
-def test_work_runs_on_the_smtp_loop_whatever_asgiref_does(
+def test_work_runs_on_the_smtp_loop(
     server: ScriptedServer, make_backend: MakeBackend
 ) -> None:
     make_backend(server)
@@ -223,7 +203,6 @@ def test_asgirefs_values_are_as_before_after_a_call(
     assert None not in before.values()
 
 
-@pytest.mark.usefixtures("hint")
 def test_async_to_sync_in_user_code_stays_off_the_smtp_loop(
     server: ScriptedServer, make_backend: MakeBackend
 ) -> None:
@@ -274,7 +253,6 @@ class Watched(EmailMessage):
         return super().message(*args, **kwargs)
 
 
-@pytest.mark.usefixtures("hint")
 def test_a_message_is_built_in_the_thread_of_a_sync_caller(
     server: ScriptedServer, make_backend: MakeBackend
 ) -> None:
@@ -297,7 +275,6 @@ async def test_a_message_is_built_in_the_thread_that_asgiref_gives_a_coroutine(
 
 
 @pytest.mark.django_db
-@pytest.mark.usefixtures("hint")
 def test_a_query_in_a_message_sees_the_open_transaction(
     server: ScriptedServer, make_backend: MakeBackend
 ) -> None:
@@ -307,7 +284,6 @@ def test_a_query_in_a_message_sees_the_open_transaction(
     assert subjects(server.received) == ["uncommitted"]
 
 
-@pytest.mark.usefixtures("hint")
 def test_context_variables_of_a_sync_caller_reach_its_message(
     server: ScriptedServer, make_backend: MakeBackend
 ) -> None:
@@ -406,7 +382,6 @@ while request() is not None:
 """)
 
 
-@pytest.mark.usefixtures("hint")
 @pytest.mark.parametrize("error", [RuntimeError("no subject"), StopIteration("none")])
 def test_an_exception_of_user_code_comes_out_as_it_is(
     server: ScriptedServer, make_backend: MakeBackend, error: Exception
@@ -454,7 +429,6 @@ async def test_a_stop_iteration_of_user_code_does_not_hang_a_coroutine(
             await asend(raising(StopIteration("none")))
 
 
-@pytest.mark.usefixtures("hint")
 @pytest.mark.parametrize("error", [KeyboardInterrupt("^C"), SystemExit(3)])
 def test_what_ends_a_program_ends_the_caller_and_not_the_smtp_loop(
     server: ScriptedServer, make_backend: MakeBackend, error: BaseException
@@ -652,11 +626,6 @@ async def view(): send()
 with closing(asyncio.new_event_loop()) as callers_loop:
     callers_loop.run_until_complete(view())
 """
-WITHOUT_THE_HINT = """
-from django_async_smtp import loop
-loop._directed_to = lambda _: nullcontext({})
-send()
-"""
 
 
 @pytest.mark.parametrize(
@@ -666,9 +635,8 @@ send()
         (SYNC, "mail"),
         (SYNC, "body"),
         (IN_A_COROUTINE, "body"),
-        (WITHOUT_THE_HINT, "body"),
     ],
-    ids=["greeting", "mail", "body", "in a coroutine", "without the hint"],
+    ids=["greeting", "mail", "body", "in a coroutine"],
 )
 def test_a_keyboard_interrupt_ends_the_wait_and_the_connection(
     call: str, stage: str
@@ -704,8 +672,7 @@ def test_an_interrupt_before_the_work_has_started_cancels_it(
     def is_waiting() -> bool:
         stack = traceback.walk_stack(sys._current_frames()[caller])
         codes = [frame.f_code for frame, _ in stack]
-        waits = codes[0] is threading.Condition.wait.__code__
-        return waits and loop.SMTPLoop.call.__code__ in codes
+        return codes[0] is loop._Caller.result.__code__
 
     def interrupt_when_waiting() -> None:
         wait_until(is_waiting)
