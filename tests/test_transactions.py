@@ -14,8 +14,8 @@ from .conftest import MakeBackend, end_connections
 from .servers import (
     CLOSE,
     DEFAULT,
-    PAUSE,
     SILENCE,
+    Pause,
     Received,
     Script,
     ScriptedServer,
@@ -126,7 +126,7 @@ NO_TRANSACTION: list[Step] = [
 def scripts_of_a_call(draw: strategies.DrawFn) -> Script:
     """For each message at most one stage that fails, in one way."""
     # Slow enough that the next message is built when this one's turn comes.
-    script: Script = {"mail": [PAUSE, DEFAULT]}
+    script: Script = {"mail": [Pause(0.01), DEFAULT]}
     stages = [None, "mail", "rcpt", TO[0], "data", "body"]
     for sender in SENDERS:
         stage = draw(strategies.sampled_from(stages))
@@ -189,7 +189,7 @@ def test_the_next_message_begins_with_the_end_of_the_one_before(
     make_backend: MakeBackend,
 ) -> None:
     script: Script = {
-        "mail": [*[PAUSE] * 20, DEFAULT],
+        "mail": [Pause(0.2), DEFAULT],
         f"body {SENDERS[0]}": SILENCE,
     }
     with ScriptedServer((script,), extensions=EXTENSIONS) as server:
