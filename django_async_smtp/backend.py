@@ -241,7 +241,9 @@ class Backend(BaseEmailBackend):
             route, first = await sync_to_async(self._begin)(mailing)
             outcome = await smtp_loop().acall(_deliver, mailing, route, first)
         except BaseException:
-            await sync_to_async(mailing.log_failures)()
+            # Cancelled, it must not wait for a thread that may be busy.
+            if mailing.has_failures:
+                await sync_to_async(mailing.log_failures)()
             raise
         finally:
             if opened:

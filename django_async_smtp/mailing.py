@@ -65,6 +65,11 @@ class Mailing:
         """Whether there was no message at all."""
         return not (self._ahead or self._taken)
 
+    @property
+    def has_failures(self) -> bool:
+        """Whether a message was not sent, that this knows of."""
+        return bool(self._failures)
+
     def take(self, done: Sequence[Done]) -> Item | None:
         """Finish some messages, and return the next, built; None at the end."""
         self.finish(done)

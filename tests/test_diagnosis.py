@@ -947,7 +947,7 @@ async def test_a_refused_second_sender_does_not_end_the_check() -> None:
     default, other = reports["sender"].findings
     assert default.state == "ok"
     assert other.text.startswith("SERVER_EMAIL server@example.com: MAIL FROM refused")
-    assert other.hint_id == "sender-is-not-yours"
+    assert other.hint_id == "sender-refused"
     assert "SERVER_EMAIL" in other.hint
     assert "DEFAULT_FROM_EMAIL" not in other.hint
     assert reports["recipient"].state == reports["message"].state == "ok"
@@ -969,7 +969,7 @@ async def test_a_refused_first_sender_ends_the_check_after_the_second() -> None:
 @pytest.mark.parametrize(
     ("step", "hint_id"),
     [
-        (b"421 4.3.2 closing\r\n", "too-many-connections"),
+        (b"421 4.3.2 closing\r\n", "server-busy"),
         (CLOSE, "connection-closed"),
         (SILENCE, "reply-timeout"),
     ],

@@ -8,8 +8,7 @@ import socket
 import ssl
 import warnings
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -39,6 +38,7 @@ from .servers import (
     Script,
     ScriptedServer,
     Step,
+    address_without_answer,
     free_port,
 )
 from .settings import USES_MAILERS
@@ -1020,23 +1020,12 @@ async def forbidden(tools: Tools) -> Failure:
 
 
 async def no_resolver(tools: Tools) -> Failure:
-    async def getaddrinfo(*args: object, **more: object) -> None:
+    def getaddrinfo(*args: object, **more: object) -> None:
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
     # Nothing that a test may touch makes a resolver fail.
-    loop = asyncio.get_running_loop()
-    tools.monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+    tools.monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     return await failure(Options(host="mail.example", port=25))
-
-
-@contextmanager
-def address_without_answer() -> Iterator[tuple[str, int]]:
-    """Yield an address where connecting takes forever: its queue is full."""
-    with socket.socket() as listener, socket.socket() as queued:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        queued.connect(listener.getsockname())
-        yield listener.getsockname()
 
 
 def no_answer(row: str, port: int) -> Example:
