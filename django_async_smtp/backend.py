@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from django.core.mail import EmailMessage
 
 
+_Begun = tuple[opts.Route, Item | None]
+
+
 class Backend(BaseEmailBackend):
     """
     Sends mail over SMTP like Django's own backend, faster, and from coroutines.
@@ -227,18 +230,18 @@ class Backend(BaseEmailBackend):
         Messages are taken and built in the thread that ``sync_to_async`` gives. A
         cancelled call cancels what it has not sent yet.
         """
-        mailing = await sync_to_async(Mailing)(self, email_messages)
+        mailing, begun = await sync_to_async(self._begin_if_open)(email_messages)
         if mailing.is_empty:
             return 0
         try:
-            opened = await self.aopen()
+            opened = await self.aopen() if begun is None else False
         except SMTPError as error:
             await sync_to_async(mailing.not_opened)(error)
             raise
         if opened is None:
             return await sync_to_async(self._opened_silently)(mailing)
         try:
-            route, first = await sync_to_async(self._begin)(mailing)
+            route, first = begun or await sync_to_async(self._begin)(mailing)
             outcome = await smtp_loop().acall(_deliver, mailing, route, first)
         except BaseException:
             # Cancelled, it must not wait for a thread that may be busy.
@@ -254,9 +257,21 @@ class Backend(BaseEmailBackend):
             raise failure
         return mailing.sent
 
-    def _begin(self, mailing: Mailing) -> tuple[opts.Route, Item | None]:
+    def _begin(self, mailing: Mailing) -> _Begun:
         """Take and build the first message; in the thread for user code."""
         return self.connection or self.route(), mailing.take(())
+
+    def _begin_if_open(
+        self, messages: Iterable[EmailMessage]
+    ) -> tuple[Mailing, _Begun | None]:
+        """Do as ``_begin`` where ``aopen`` would have nothing to do."""
+        mailing = Mailing(self, messages)
+        if mailing.is_empty or type(self).aopen is not Backend.aopen:
+            return mailing, None
+        route = self.connection or self.route()
+        if not smtp_loop().is_warm(route):
+            return mailing, None
+        return mailing, (route, mailing.take(()))
 
     def _with_defaults(self, given: dict[str, Any]) -> dict[str, Any]:
         if self.alias is None and not opts.uses_mailers():

@@ -15,8 +15,9 @@ import os
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from queue import SimpleQueue
@@ -71,6 +72,8 @@ class SMTPLoop:
     def __init__(self) -> None:
         self.pools: dict[Options, Pool] = {}
         self.counts: dict[str, Counts] = {}
+        self._posted: deque[Callable[[], None]] = deque()
+        self._is_waking = False
         self.loop = asyncio.SelectorEventLoop()
         self.loop.set_default_executor(
             ThreadPoolExecutor(DNS_THREADS, thread_name_prefix="django-async-smtp-dns")
@@ -136,7 +139,7 @@ class SMTPLoop:
                 "Mail cannot be sent synchronously from the SMTP thread: "
                 "await asend_messages()."
             )
-        caller = _Caller(self.loop, work, args)
+        caller = _Caller(self, work, args)
         try:
             wait: Callable[[], T] = caller.result
             if _is_in_running_loop():
@@ -168,13 +171,57 @@ class SMTPLoop:
             outcome: Future[R] = await asyncio.wrap_future(future)
             return _released(outcome)
 
-        future = contextvars.Context().run(
-            asyncio.run_coroutine_threadsafe, work(in_caller, *args), self.loop
-        )
         try:
-            return await asyncio.wrap_future(future)
+            return await asyncio.wrap_future(self.submit(work, in_caller, args))
         except CallerStopped as stopped:
             raise stopped.reason from None
+
+    def submit(
+        self, work: Work[T], in_caller: InCaller, args: tuple[Any, ...]
+    ) -> Future[T]:
+        """
+        Start ``work(in_caller, *args)`` on the loop, from any thread.
+
+        Cancelling what this returns cancels the work, started or not.
+        """
+        future: Future[T] = Future()
+
+        def start() -> None:
+            if future.cancelled():
+                return
+            # In an empty context: what is started would keep the caller's for long.
+            task = self.loop.create_task(
+                work(in_caller, *args), context=contextvars.Context()
+            )
+            task.add_done_callback(partial(_pass_on, future))
+            future.add_done_callback(partial(self._pass_cancellation, task))
+
+        self._soon(start)
+        return future
+
+    def _soon(self, callback: Callable[[], None]) -> None:
+        """
+        Have something called on the loop, from any thread.
+
+        The loop is woken once for all that comes until it runs: each time is a write
+        to a socket, in which the caller's own loop could lose the GIL to a busy thread.
+        """
+        self._posted.append(callback)
+        if not self._is_waking:
+            self._is_waking = True
+            self.loop.call_soon_threadsafe(self._call_posted)
+
+    def _call_posted(self) -> None:
+        # Before they are taken: what is posted from now on wakes the loop again.
+        self._is_waking = False
+        while self._posted:
+            self._posted.popleft()()
+
+    def _pass_cancellation(self, task: asyncio.Task[T], future: Future[T]) -> None:
+        if future.cancelled():
+            # RuntimeError: the loop has ended, and with it the task.
+            with suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(task.cancel)
 
     def close(self, timeout: float) -> None:
         """Say QUIT on idle sessions; the others end when they are released."""
@@ -217,16 +264,10 @@ class _Caller:
     each function, ten times the CPU.
     """
 
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, work: Work[Any], args: tuple[Any, ...]
-    ) -> None:
-        self._loop = loop
+    def __init__(self, smtp: SMTPLoop, work: Work[Any], args: tuple[Any, ...]) -> None:
+        self._loop = smtp.loop
         self._requests: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._is_cancelled = False
-        # In an empty context: what is started would keep the caller's for long.
-        self._running: Future[Any] = contextvars.Context().run(
-            asyncio.run_coroutine_threadsafe, self._start(work, args), loop
-        )
+        self._running = smtp.submit(work, self.run, args)
         self._running.add_done_callback(lambda _: self._requests.put(None))
 
     def result(self) -> Any:
@@ -237,13 +278,7 @@ class _Caller:
 
     def cancel(self) -> None:
         """Cancel the work, started or not."""
-        self._is_cancelled = True
         self._running.cancel()
-
-    async def _start(self, work: Work[T], args: tuple[Any, ...]) -> T:
-        if self._is_cancelled:
-            raise asyncio.CancelledError
-        return await work(self.run, *args)
 
     async def run(self, function: Callable[..., R], *args: Any) -> R:
         """Run a function in the caller's thread; to be awaited on the loop."""
@@ -267,6 +302,18 @@ class _Caller:
             raised = CallerStopped(error) if _is_unfit_for_tasks(error) else error
             settle = partial(_set_exception, outcome, raised)
         self._loop.call_soon_threadsafe(settle)
+
+
+def _pass_on(future: Future[T], task: asyncio.Task[T]) -> None:
+    """Settle a future as a task has ended, unless it was cancelled meanwhile."""
+    error = None if task.cancelled() else task.exception()
+    with suppress(InvalidStateError):
+        if task.cancelled():
+            future.cancel()
+        elif error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(task.result())
 
 
 def _set_result(outcome: asyncio.Future[R], result: R) -> None:
