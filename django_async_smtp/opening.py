@@ -2,6 +2,16 @@
 From a host name to a connection that is logged in, step by step, over aiosmtplib.
 
 Sending takes all steps at once (``Opening.run``), a diagnosis one after the other.
+
+What this package leans on in aiosmtplib beyond its documentation; a test holds the
+lowest and the newest version to it:
+
+- ``SMTP.transport`` is set when the connection is made, and replaced by STARTTLS; its
+  protocol may be set to another one (``pipelining.Dialogue``).
+- ``SMTP.ehlo()``, ``helo()`` and ``auth_…()`` go through ``SMTP.execute_command()``.
+- ``SMTP.protocol._buffer`` holds what was received and not read (``_forget_input``).
+- A line that is no reply raises -1, "Malformed SMTP response line: …"; one that is too
+  long "Response too long" (``errors.MALFORMED``, ``errors.TOO_LONG``).
 """
 
 from __future__ import annotations
