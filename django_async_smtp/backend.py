@@ -17,14 +17,14 @@ from . import tls
 from .delivery import Courier
 from .dispatch import Item, Outcome, deliver
 from .errors import SMTPError
-from .loop import InCaller, smtp_loop
+from .loop import InCaller, as_in_a_plain_thread, smtp_loop
 from .mailing import Mailing, log_failure
 
 if TYPE_CHECKING:
     from django.core.mail import EmailMessage
 
 
-_Begun = tuple[opts.Route, Item | None]
+_Begun = tuple[opts.Route, list[Item]]
 
 
 class Backend(BaseEmailBackend):
@@ -210,15 +210,15 @@ class Backend(BaseEmailBackend):
         if opened is None:
             return self._opened_silently(mailing)
         try:
-            route, first = self._begin(mailing)
-            outcome = smtp_loop().call(_deliver, mailing, route, first)
+            route, taken = as_in_a_plain_thread(self._begin, mailing)
+            outcome = smtp_loop().call(_deliver, mailing, route, taken)
+            failure = as_in_a_plain_thread(mailing.conclude, outcome)
         except BaseException:
             mailing.log_failures()
             raise
         finally:
             if opened:
                 self.close()
-        failure = mailing.conclude(outcome)
         if failure is not None:
             raise failure
         return mailing.sent
@@ -241,8 +241,10 @@ class Backend(BaseEmailBackend):
         if opened is None:
             return await sync_to_async(self._opened_silently)(mailing)
         try:
-            route, first = begun or await sync_to_async(self._begin)(mailing)
-            outcome = await smtp_loop().acall(_deliver, mailing, route, first)
+            route, taken = begun or await sync_to_async(self._begin)(mailing)
+            outcome = await smtp_loop().acall(_deliver, mailing, route, taken)
+            # What it logs may be handled by code that must not block this loop.
+            failure = await sync_to_async(mailing.conclude)(outcome)
         except BaseException:
             # Cancelled, it must not wait for a thread that may be busy.
             if mailing.has_failures:
@@ -251,15 +253,13 @@ class Backend(BaseEmailBackend):
         finally:
             if opened:
                 await self.aclose()
-        # What it logs may be handled by code that must not block this loop.
-        failure = await sync_to_async(mailing.conclude)(outcome)
         if failure is not None:
             raise failure
         return mailing.sent
 
     def _begin(self, mailing: Mailing) -> _Begun:
         """Take and build the first message; in the thread for user code."""
-        return self.connection or self.route(), mailing.take(())
+        return self.connection or self.route(), mailing.take_first()
 
     def _begin_if_open(
         self, messages: Iterable[EmailMessage]
@@ -271,7 +271,7 @@ class Backend(BaseEmailBackend):
         route = self.connection or self.route()
         if not smtp_loop().is_warm(route):
             return mailing, None
-        return mailing, (route, mailing.take(()))
+        return mailing, (route, mailing.take_first())
 
     def _with_defaults(self, given: dict[str, Any]) -> dict[str, Any]:
         if self.alias is None and not opts.uses_mailers():
@@ -326,7 +326,7 @@ async def _warm(in_caller: InCaller, route: opts.Route) -> None:
 
 
 async def _deliver(
-    in_caller: InCaller, mailing: Mailing, route: opts.Route, first: Item | None
+    in_caller: InCaller, mailing: Mailing, route: opts.Route, taken: list[Item]
 ) -> Outcome:
     with smtp_loop().pools_for(route) as pools:
-        return await deliver(in_caller, mailing, route, pools, first)
+        return await deliver(in_caller, mailing, route, pools, taken)

@@ -197,6 +197,7 @@ class Courier:
         pause = FIRST_PAUSE * 2**retry * _random.uniform(0.5, 1)
         if retry >= self.route.retries or time.monotonic() + pause > deadline:
             return False
+        self._drop_begun()
         await asyncio.sleep(pause)
         return True
 
@@ -234,6 +235,7 @@ class Courier:
         if session is None or session.begun is not envelope:
             return None
         self._begun_on = None
+        session.is_used = True
         self.attempts += 1
         return session
 

@@ -66,11 +66,13 @@ class Outcome:
     :ivar untold: what became of the last messages; ``Source.finish`` is to be told.
     :ivar left: what was taken and not tried, where it ended early.
     :ivar ended_by: the error that did that.
+    :ivar broken: what the source raised; it gives no more.
     """
 
     untold: Sequence[Done]
     left: Sequence[Item]
     ended_by: errors.SMTPError | None
+    broken: Exception | None
 
 
 async def deliver(
@@ -78,7 +80,7 @@ async def deliver(
     source: Source,
     route: Route,
     pools: list[Pool],
-    first: Item | None = None,
+    taken: list[Item],
 ) -> Outcome:
     """
     Send the messages of a source, on several sessions where it has a backlog.
@@ -87,13 +89,14 @@ async def deliver(
     as well does: then the rest is left in the source.
 
     :param pools: those of the route's servers.
-    :param first: what was taken from the source already.
+    :param taken: what was taken from the source already; emptied, lest it is kept.
+    :raises CallerStopped: user code raised what no task can.
     """
     work = _Work(in_caller, source, route, pools)
-    if first is not None:
-        work.left.append(first)
+    work.left.extend(taken)
+    taken.clear()
     await work.run()
-    return Outcome(work.untold, work.left, work.ended_by)
+    return Outcome(work.untold, work.left, work.ended_by, work.broken)
 
 
 class _Work:
@@ -134,14 +137,12 @@ class _Work:
         except BaseException:
             self._cancel_others()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            _note(self.untold)
             raise
-        if self._is_stopped:
+        finally:
+            # The caller may be stopped before it is told.
             _note(self.untold)
-        elif self.broken is not None:
-            await self._in_caller(self.source.finish, self.untold)
-        if self.broken is not None:
-            raise self.broken
+        if self._is_stopped:
+            raise cast("CallerStopped", self.broken)
 
     def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start a task that ends with this work."""
@@ -159,6 +160,8 @@ class _Work:
         if self.left:
             return self.left.popleft()
         async with self._callers_turn:
+            if self._is_stopped:
+                return None
             # Told but once, even where that raises.
             told = done[:]
             done.clear()

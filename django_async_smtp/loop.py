@@ -21,7 +21,7 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from aiosmtplib import SMTPServerDisconnected
 from asgiref.sync import sync_to_async
@@ -139,13 +139,11 @@ class SMTPLoop:
                 "Mail cannot be sent synchronously from the SMTP thread: "
                 "await asend_messages()."
             )
-        caller = _Caller(self, work, args)
+        caller: _Caller[T] = _Caller(self.loop)
         try:
-            wait: Callable[[], T] = caller.result
-            if _is_in_running_loop():
+            if is_in_running_loop():
                 _warn_of_blocking()
-                return _from_helper_thread(wait)
-            return wait()
+            return as_in_a_plain_thread(caller.result, work, args)
         except CallerStopped as stopped:
             raise stopped.reason from None
         except BaseException:
@@ -208,8 +206,12 @@ class SMTPLoop:
         """
         self._posted.append(callback)
         if not self._is_waking:
-            self._is_waking = True
-            self.loop.call_soon_threadsafe(self._call_posted)
+            try:
+                self._is_waking = True
+                self.loop.call_soon_threadsafe(self._call_posted)
+            except BaseException:
+                self._is_waking = False
+                raise
 
     def _call_posted(self) -> None:
         # Before they are taken: what is posted from now on wakes the loop again.
@@ -256,29 +258,49 @@ class SMTPLoop:
         self.loop.run_forever()
 
 
-class _Caller:
+class _Caller(Generic[T]):
     """
     A thread that waits for its work on the loop, and meanwhile runs what that asks for.
 
     Not asgiref's ``async_to_sync``: that takes a context, a task and an executor for
-    each function, ten times the CPU.
+    each function, ten times the CPU. Nor a ``Future``: an exception of a signal handler
+    in its lock would leave it taken, and the loop waiting for it.
     """
 
-    def __init__(self, smtp: SMTPLoop, work: Work[Any], args: tuple[Any, ...]) -> None:
-        self._loop = smtp.loop
-        self._requests: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._running = smtp.submit(work, self.run, args)
-        self._running.add_done_callback(lambda _: self._requests.put(None))
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        # Functions to run, and in the end the task of the work.
+        self._requests: SimpleQueue[Callable[[], None] | asyncio.Task[T]]
+        self._requests = SimpleQueue()
+        self._task: asyncio.Task[T] | None = None
+        self._is_cancelled = False
 
-    def result(self) -> Any:
+    def result(self, work: Work[T], args: tuple[Any, ...]) -> T:
         """Run functions, in this thread, until the work is done; return its result."""
-        while (request := self._requests.get()) is not None:
+        self._loop.call_soon_threadsafe(self._start, work, args)
+        while not isinstance(request := self._requests.get(), asyncio.Task):
             request()
-        return self._running.result()
+        return request.result()
 
     def cancel(self) -> None:
         """Cancel the work, started or not."""
-        self._running.cancel()
+        self._is_cancelled = True
+        # RuntimeError: the loop has ended, and with it the task.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._cancel_task)
+
+    def _start(self, work: Work[T], args: tuple[Any, ...]) -> None:
+        if not self._is_cancelled:
+            # In an empty context: what is started would keep the caller's for long.
+            self._task = self._loop.create_task(
+                work(self.run, *args), context=contextvars.Context()
+            )
+            self._task.add_done_callback(self._requests.put)
+            self._task.add_done_callback(_retrieve)
+
+    def _cancel_task(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
 
     async def run(self, function: Callable[..., R], *args: Any) -> R:
         """Run a function in the caller's thread; to be awaited on the loop."""
@@ -314,6 +336,12 @@ def _pass_on(future: Future[T], task: asyncio.Task[T]) -> None:
             future.set_exception(error)
         else:
             future.set_result(task.result())
+
+
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Take note of an outcome that nobody may wait for any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _set_result(outcome: asyncio.Future[R], result: R) -> None:
@@ -376,18 +404,26 @@ def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
             ).start()
 
 
-def _from_helper_thread(function: Callable[[], T]) -> T:
-    """Run a function where no loop is running, in the caller's context."""
+def as_in_a_plain_thread(function: Callable[..., T], *args: Any) -> T:
+    """
+    Call a function that runs user code, where no event loop runs.
+
+    Where one runs in this thread, it is called in another, in this one's context: the
+    ORM and asgiref refuse to work beside a running loop.
+    """
+    if not is_in_running_loop():
+        return function(*args)
     context = contextvars.copy_context()
     context.run(quiet.set, quiet.get() or is_within_a_log_handler())
     executor = ThreadPoolExecutor(1, thread_name_prefix="django-async-smtp-caller")
     try:
-        return executor.submit(context.run, function).result()
+        return executor.submit(context.run, function, *args).result()
     finally:
         executor.shutdown(wait=False)
 
 
-def _is_in_running_loop() -> bool:
+def is_in_running_loop() -> bool:
+    """Whether this thread runs an event loop."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -70,6 +70,11 @@ class Mailing:
         """Whether a message was not sent, that this knows of."""
         return bool(self._failures)
 
+    def take_first(self) -> list[Item]:
+        """Return the first message, built, in a list to be emptied."""
+        first = self.take(())
+        return [first] if first is not None else []
+
     def take(self, done: Sequence[Done]) -> Item | None:
         """Finish some messages, and return the next, built; None at the end."""
         self.finish(done)
@@ -101,7 +106,11 @@ class Mailing:
         """Tell the rest of a call's outcome; return the error that must be raised."""
         self.finish(outcome.untold)
         self._returned.extend(outcome.left)
-        return self.settle(outcome.ended_by)
+        failure = self.settle(outcome.ended_by)
+        if outcome.broken is not None:
+            self.log_failures()
+            return outcome.broken
+        return failure
 
     def settle(self, ended_by: SMTPError | None = None) -> Exception | None:
         """

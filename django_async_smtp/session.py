@@ -136,11 +136,11 @@ class Session:
                 with translated("mail", self.options):
                     await self._dialogue.send(commands, self.options.timeout)
             self.begun = None
-            receipt = await self._transact(envelope, commands, following)
-        except (errors.ResponseError, errors.RecipientsRefused) as error:
+            receipt = await self._transact(envelope, commands, following, is_begun)
+        except (errors.ResponseError, errors.RecipientsRefused):
             if self.begun is None:
                 await self._reset()
-            elif getattr(error, "smtp_code", 0) == -1:
+            elif not self._dialogue.is_in_step:
                 # Whose the next replies are cannot be told.
                 self.abort()
             raise
@@ -224,6 +224,7 @@ class Session:
         envelope: Envelope,
         commands: list[bytes],
         following: Callable[[], Envelope | None],
+        is_begun: bool,
     ) -> Receipt:
         options = self.options
         mail, *recipients, data = commands
@@ -253,6 +254,12 @@ class Session:
                 )
         with translated("data", options):
             reply = await self._answer(data)
+        if is_begun and reply.code in (250, 251):
+            # One reply too many came after the message before: nothing of this one
+            # was accepted.
+            with translated("mail", options):
+                raise aiosmtplib.SMTPServerDisconnected("Replies out of step")
+        with translated("data", options):
             if reply.code != 354:
                 raise aiosmtplib.SMTPDataError(*_words(reply))
         # Those refused may get a transaction of their own before the next message.
