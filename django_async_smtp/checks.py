@@ -407,7 +407,7 @@ def strings_for_booleans(one: Mailer) -> Iterator[Problem]:
             even = f", even {value!r}" if value.strip().lower() in NO else ""
             yield (
                 f"{one.setting(name)} is a string, and so counts as True{even}.",
-                "Set True or False. An environment variable is text: compare it.",
+                'Set True or False. An environment variable is text: == "True" helps.',
             )
 
 

@@ -158,7 +158,7 @@ LOWER = (
     "Lower {max_connections} or {idle_timeout}; each process has connections of its "
     "own."
 )
-SET_TRUE = "Set True or False. An environment variable is text: compare it."
+SET_TRUE = 'Set True or False. An environment variable is text: == "True" helps.'
 
 # id, backend, options, message, hint.
 BROKEN: list[tuple[str, str, dict[str, Any], str, str]] = [
