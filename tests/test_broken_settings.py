@@ -257,7 +257,7 @@ CASES = [
         "unknown-option",
         "settings",
         check_id("E001"),
-        ("'max_connection'",),
+        ("'max_connection'", "Did you mean 'max_connections'?"),
         options={"max_connection": 3},
     ),
     Case(
