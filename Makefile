@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak bench profile lint format clean
+.PHONY: demo test soak bench profile picture lint format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python example_project/demo.py
@@ -24,6 +24,10 @@ bench: $(VENV)/.bench benchmarks/peers/node_modules
 # Where the CPU goes in one send_messages().
 profile: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.cpu_profile
+
+# The runs of smtpcheck that the README shows.
+picture: $(VENV)/.ready
+	$(BIN)/python -m docs.smtpcheck_picture
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

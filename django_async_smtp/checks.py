@@ -10,6 +10,7 @@ import ssl
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, Final
 
 from django.conf import global_settings, settings
@@ -266,7 +267,8 @@ def unusable_options(one: Mailer) -> Iterator[Problem]:
     if one.error is not None and not is_other and not any(_both_kinds_of_tls(one)):
         yield (
             f"Mail cannot be sent: {_told(one.error, one)}",
-            "Correct this setting; the README lists the options and their values.",
+            f"{_meant(one)}Correct this setting; the README lists the options and "
+            "their values.",
         )
 
 
@@ -407,7 +409,7 @@ def strings_for_booleans(one: Mailer) -> Iterator[Problem]:
             even = f", even {value!r}" if value.strip().lower() in NO else ""
             yield (
                 f"{one.setting(name)} is a string, and so counts as True{even}.",
-                "Set True or False. An environment variable is text: compare it.",
+                'Set True or False. An environment variable is text: == "True" helps.',
             )
 
 
@@ -447,6 +449,16 @@ def _told(error: Exception, one: Mailer) -> str:
     told = _with_type(error)
     secret = str(one.values.get("password") or "")
     return type(error).__name__ if secret and secret in told else told
+
+
+def _meant(one: Mailer) -> str:
+    """Return a question about unknown options of MAILERS, which Django just names."""
+    if not (opts.uses_mailers() and "Unknown options" in str(one.error)):
+        return ""
+    known = opts.TYPES if one.is_ours else opts.DJANGO_SETTINGS
+    unknown = [str(name).lower() for name in one.values if name not in known]
+    meant = [near for name in unknown for near in get_close_matches(name, known, n=1)]
+    return f"Did you mean {' and '.join(map(repr, meant))}? " if meant else ""
 
 
 def _settings(one: Mailer, server: opts.Options, *names: str) -> list[str]:

@@ -217,8 +217,8 @@ HINTS: Final = (
         error=errors.ConnectionRefused,
         when=_is_localhost_in_container,
         cause="Inside a container, localhost is the container itself.",
-        advice="Set {host} to the name of the mail server or of its container, unless "
-        "a server should listen at {server}.",
+        advice="Set {host} to the name of the mail server or of its container; if a "
+        "server should listen in this one, check {port}.",
     ),
     Hint(
         id="connection-refused",
@@ -440,7 +440,7 @@ HINTS: Final = (
         stages=("greeting",),
         error=errors.Disconnected,
         when=_is_smtps_port_without_tls,
-        cause="Port 465 speaks TLS from the start: the server waits for this side.",
+        cause="This port speaks TLS from the start: the server waits for this side.",
         advice="Set {use_ssl}, and not {use_tls}; or {port} to 587.",
     ),
     Hint(

@@ -34,7 +34,8 @@ class Mailing:
 
     Holds no message after its turn but those that failed.
 
-    :param messages: any iterable; it is read only a dozen ahead.
+    :param messages: any iterable; it is read ahead by ``ONE_CONNECTION``, and then only
+        as far as messages are built.
     :ivar sent: how many messages went out.
     """
 

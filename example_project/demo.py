@@ -1,7 +1,8 @@
 """
-Send real mail, in every way that a project does, and show what arrived.
+Check the settings, send real mail in every way that a project does, and show what
+arrived.
 
-Ends with exit status 1 where anything did not arrive.
+Ends with exit status 1 where anything did not arrive; where the check failed, with its.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def main() -> int:
             SSL_CERT_FILE=str(server.ca_file),
         )
         django.setup()
+        check_settings()
         warm_up()
         seconds = {
             label: timed(send) for label, send in (ways() | async_ways()).items()
@@ -81,6 +83,15 @@ def async_ways() -> dict[str, Send]:
         asyncio.run(AsyncClient().post("/contact-async/", form))
 
     return {"asend_mail() in an async view": async_view}
+
+
+def check_settings() -> None:
+    """Do as ``manage.py smtpcheck``; exit where it fails."""
+    from django.core.management import call_command
+
+    print("What smtpcheck says of the settings:\n", flush=True)
+    call_command("smtpcheck", "--to", FORM["to"])
+    print()
 
 
 def warm_up() -> None:

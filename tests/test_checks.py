@@ -158,7 +158,7 @@ LOWER = (
     "Lower {max_connections} or {idle_timeout}; each process has connections of its "
     "own."
 )
-SET_TRUE = "Set True or False. An environment variable is text: compare it."
+SET_TRUE = 'Set True or False. An environment variable is text: == "True" helps.'
 
 # id, backend, options, message, hint.
 BROKEN: list[tuple[str, str, dict[str, Any], str, str]] = [
@@ -445,9 +445,30 @@ def test_an_option_of_mailers_that_cannot_be_used_is_an_error(
     # The mailer is named by Django, before the message.
     assert message.msg.startswith(f"{CANNOT}{problem}")
     assert str(message).count("MAILERS['default']") == 1
-    assert message.hint == CORRECT
+    assert (message.hint or "").endswith(CORRECT)
     assert set(ids(others)) <= {"W004"}
     assert SECRET not in texts([message])
+
+
+@mailers
+@pytest.mark.parametrize(
+    ("path", "unknown", "meant"),
+    [
+        (OURS, {"hots": "h"}, "Did you mean 'host'? "),
+        (OURS, {"max_connection": 1, "Retry": 1}, "'max_connections' and 'retries'? "),
+        (OURS, {"colour": "red"}, ""),
+        (DJANGOS, {"use_tsl": True}, "Did you mean 'use_tls'? "),
+        # Not one of Django's.
+        (DJANGOS, {"max_connection": 1}, ""),
+    ],
+)
+def test_an_unknown_option_of_mailers_is_told_with_the_one_meant(
+    path: str, unknown: dict[str, Any], meant: str, settings: Any
+) -> None:
+    [message, *_] = said_of(settings, path, **FINE, **unknown)
+    hint = message.hint or ""
+    assert hint.endswith(f"{meant}{CORRECT}")
+    assert hint.startswith("Did you mean " if meant else CORRECT)
 
 
 @mailers

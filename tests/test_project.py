@@ -5,16 +5,24 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
+import django
 import pytest
+from django.core.management import BaseCommand
 
 import django_async_smtp
+from django_async_smtp.management.commands import smtpcheck
+from django_async_smtp.management.commands.smtpcheck import EXIT_STATUS
 
 PACKAGE = Path(django_async_smtp.__file__).parent
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "docs"
 
 # From top to bottom: a module imports only what stands below it.
 ORDER = [
@@ -133,4 +141,53 @@ def test_the_demo_runs() -> None:
         check=False,
     )
     assert demo.returncode == 0, demo.stderr
+    assert " passed" in demo.stdout.partition("What the server received")[0]
     assert "All 23 messages arrived" in demo.stdout
+
+
+def without_times(text: str) -> str:
+    """Return what smtpcheck wrote, but for what each run measures anew."""
+    return re.sub(r" +\d+ ms\b.*", "", text)
+
+
+def test_the_readme_has_the_exit_statuses() -> None:
+    _, _, section = README.partition("| exit status |")
+    table, _, _ = section.partition("\n\n")
+    rows = re.findall(r"^\| (\d+) \| `(\w+)`", table, re.M)
+    assert {stage: int(status) for status, stage in rows} == EXIT_STATUS
+
+
+def test_the_readme_has_every_option_of_smtpcheck() -> None:
+    parser = smtpcheck.Command().create_parser("manage.py", "smtpcheck")
+    base = BaseCommand().create_parser("manage.py", "smtpcheck")
+    django_has = {flag for action in base._actions for flag in action.option_strings}
+    for action in parser._actions:
+        for flag in set(action.option_strings) - django_has:
+            assert re.search(rf"^\|.*`{flag}\b.*\|.*\|$", README, re.M), flag
+
+
+def test_the_readme_shows_what_was_captured() -> None:
+    text = (DOCS / "smtpcheck.txt").read_text()
+    assert textwrap.indent(text, "    ") in README
+    assert "](docs/smtpcheck.svg)" in README
+
+
+def test_the_picture_needs_nothing_else() -> None:
+    picture = (DOCS / "smtpcheck.svg").read_text()
+    assert re.findall(r"https?://[^\"]+", picture) == ["http://www.w3.org/2000/svg"]
+    assert "@import" not in picture
+    assert "127.0.0.1" not in picture
+
+
+@pytest.mark.skipif(django.VERSION >= (6, 1), reason="it was captured with EMAIL_*")
+def test_the_captured_run_is_still_what_smtpcheck_says(tmp_path: Path) -> None:
+    pytest.importorskip("rich")
+    subprocess.run(
+        [sys.executable, "-m", "docs.smtpcheck_picture", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        timeout=50,
+    )
+    now = (tmp_path / "smtpcheck.txt").read_text()
+    assert without_times(now) == without_times((DOCS / "smtpcheck.txt").read_text())
+    assert (tmp_path / "smtpcheck.svg").read_text().startswith("<svg ")

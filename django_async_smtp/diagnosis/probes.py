@@ -103,7 +103,7 @@ async def _attempt(address: Address, options: Options) -> Attempt:
 
 
 def _unanswered(address: Address, seconds: float) -> Attempt:
-    error = TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s")
+    error = TimeoutError(errno.ETIMEDOUT, f"no answer within {round(seconds, 1):g} s")
     return Attempt(address, seconds, error)
 
 

@@ -200,7 +200,7 @@ class _Diagnosis:
                 async with asyncio.timeout(options.timeout):
                     found = await resolve(options)
             except TimeoutError:
-                slow = f"no answer within {options.timeout:g} s"
+                slow = f"no answer within {round(options.timeout, 1):g} s"
                 raise socket.gaierror(socket.EAI_AGAIN, slow) from None
         addresses = dict.fromkeys(found)
         self._addresses = [

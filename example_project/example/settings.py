@@ -12,6 +12,8 @@ INSTALLED_APPS = ["django_async_smtp"]
 USE_TZ = True
 
 DEFAULT_FROM_EMAIL = "Example <hello@example.com>"
+# Of mail to admins; Django's own default is root@localhost.
+SERVER_EMAIL = "hello@example.com"
 
 HOST = os.environ.get("SMTP_HOST", "localhost")
 PORT = int(os.environ.get("SMTP_PORT", "587"))

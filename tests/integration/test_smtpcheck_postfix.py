@@ -108,6 +108,7 @@ def test_relaying_without_a_login_is_told(check: Check) -> None:
     assert failed(stages) == ["recipient"]
     assert stages["auth"]["state"] == "skipped"
     assert "Relay access denied" in text(stages["recipient"])
+    assert stages["recipient"]["hint_ids"] == ["relaying-denied"]
 
 
 def test_a_refused_sender_is_told_with_a_recipient(settings: Any, check: Check) -> None:
