@@ -194,7 +194,12 @@ class SMTPLoop:
             task.add_done_callback(partial(_pass_on, future))
             future.add_done_callback(partial(self._pass_cancellation, task))
 
-        self._soon(start)
+        try:
+            self._soon(start)
+        except BaseException:
+            # Nobody will wait for it.
+            future.cancel()
+            raise
         return future
 
     def _soon(self, callback: Callable[[], None]) -> None:
