@@ -191,6 +191,9 @@ class Dialogue(asyncio.Protocol):
         view = memoryview(stuffed)
         for start in range(0, last, CHUNK_SIZE):
             self._write(view[start : start + CHUNK_SIZE])
+            # An early reply is seen, and others get their turn, also where the kernel
+            # takes all of it at once.
+            await asyncio.sleep(0)
             await self._drained(timeout)
             if self._replies:
                 return self._early_reply()

@@ -440,6 +440,7 @@ class _Connection:
                 self.server.unread.append(self.buffer)
                 while True:
                     self.fill()
+                    self.buffer = b""
             elif step is DEAF:
                 self.flush()
                 self.server._stop.wait(30)
