@@ -297,7 +297,7 @@ class Backend(BaseEmailBackend):
         return opts.route(
             {name: getattr(self, name) for name in opts.TYPES},
             self.alias,
-            local_hostname=DNS_NAME.get_fqdn(),
+            own_name=DNS_NAME.get_fqdn,
             context_for=self._context_for,
         )
 

@@ -144,8 +144,9 @@ def route_of(backend: Any) -> opts.Route | None:
     return opts.route(
         _values_of(backend),
         getattr(backend, "alias", None),
-        local_hostname=DNS_NAME.get_fqdn(),
+        own_name=DNS_NAME.get_fqdn,
         context_for=lambda values: backend.ssl_context,
+        is_ours=False,
     )
 
 
@@ -162,7 +163,7 @@ def _checked_route(backend: Any) -> opts.Route:
     return opts.route(
         _values_of(backend),
         getattr(backend, "alias", None),
-        local_hostname="",
+        own_name=str,
         context_for=context_for,
     )
 

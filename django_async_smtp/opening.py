@@ -69,10 +69,14 @@ class Opening:
         self.auth_method = ""
         self._socket: socket.socket | None = None
 
-    async def run(self) -> aiosmtplib.SMTP:
-        """Take all steps, as the options say, and return the connection."""
+    async def run(self, addresses: list[Address] | None = None) -> aiosmtplib.SMTP:
+        """
+        Take all steps, as the options say, and return the connection.
+
+        :param addresses: the addresses to connect to, instead of all that the host has.
+        """
         with translated("connect", self.options):
-            self.take(await connect(self.options))
+            self.take(await connect(self.options, addresses))
         await self.greeting()
         await self.ehlo()
         if self.options.use_tls:
@@ -318,16 +322,19 @@ def translated(stage: errors.Stage, options: Options) -> Iterator[None]:
         raise translate(error, stage, options) from error
 
 
-async def connect(options: Options) -> socket.socket:
+async def connect(
+    options: Options, addresses: list[Address] | None = None
+) -> socket.socket:
     """
     Connect to the first of the host's addresses that answers (RFC 8305).
 
+    :param addresses: those of the host, where they are known.
     :raises SMTPConnectError: with the ``OSError`` as its cause.
     """
     try:
         async with asyncio.timeout(options.timeout):
             return await _first_to_answer(
-                await resolve(options), options.source_address
+                addresses or await resolve(options), options.source_address
             )
     except OSError as error:
         raise aiosmtplib.SMTPConnectError(f"{options.server}: {error}") from error

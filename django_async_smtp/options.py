@@ -60,6 +60,8 @@ class Options:
     :ivar rate_limit: messages a second; None for no limit.
     :ivar pipelining: whether to send commands together where the server offers it.
     :ivar in_mailers: whether the options come from MAILERS.
+    :ivar is_fallback: whether they are one of ``fallbacks``.
+    :ivar is_ours: whether they are of this package's backend, not of Django's.
     """
 
     host: str
@@ -80,6 +82,8 @@ class Options:
     rate_limit: float | None = None
     pipelining: bool = True
     in_mailers: bool = field(default=False, compare=False, repr=False)
+    is_fallback: bool = field(default=False, compare=False, repr=False)
+    is_ours: bool = field(default=True, compare=False, repr=False)
 
     @property
     def server(self) -> str:
@@ -93,6 +97,10 @@ class Options:
 
     def setting(self, name: str) -> str:
         """Return where the project sets an option, such as ``EMAIL_HOST``."""
+        if self.is_fallback:
+            return f'"{name}" in {setting("fallbacks", in_mailers=self.in_mailers)}'
+        if not self.is_ours and name not in DJANGO_SETTINGS:
+            return f"{name} (with django_async_smtp.Backend)"
         return setting(name, in_mailers=self.in_mailers)
 
 
@@ -188,16 +196,19 @@ def route(
     values: Mapping[str, Any],
     alias: str | None,
     *,
-    local_hostname: str,
+    own_name: Callable[[], str],
     context_for: Callable[[Mapping[str, Any]], ssl.SSLContext],
+    is_ours: bool = True,
 ) -> Route:
     """
     Return the route that the values describe, checked.
 
     :param values: a value, or None for the default, of each key of ``TYPES``.
     :param alias: the MAILERS alias that they come from, or None for ``EMAIL_*``.
-    :param local_hostname: the name for EHLO where the values have none.
+    :param own_name: returns this machine's name, for EHLO where the values have none;
+        that may ask the resolver.
     :param context_for: returns the SSL context for the values of one server.
+    :param is_ours: whether they are of this package's backend.
     :raises ImproperlyConfigured: see ``checked``.
     """
     first = checked(values, alias)
@@ -208,8 +219,13 @@ def route(
     return Route(
         servers=tuple(
             _one_server(
-                server | {"in_mailers": alias is not None or uses_mailers()},
-                local_hostname,
+                server
+                | {
+                    "in_mailers": alias is not None or uses_mailers(),
+                    "is_fallback": server is not first,
+                    "is_ours": is_ours,
+                },
+                own_name,
                 context_for,
             )
             for server in servers
@@ -247,7 +263,7 @@ def default_port(values: Mapping[str, Any]) -> int:
 
 def _one_server(
     values: Mapping[str, Any],
-    local_hostname: str,
+    own_name: Callable[[], str],
     context_for: Callable[[Mapping[str, Any]], ssl.SSLContext],
 ) -> Options:
     uses_tls = values["use_tls"] or values["use_ssl"]
@@ -256,8 +272,10 @@ def _one_server(
         for option in fields(Options)
         if values.get(option.name) is not None
     }
+    if "local_hostname" not in known:
+        known["local_hostname"] = own_name()
     return Options(
-        **{"local_hostname": local_hostname, **known},
+        **known,
         ssl_context=context_for(values) if uses_tls else None,
     )
 

@@ -16,6 +16,7 @@ from .pipelining import TOO_LONG, Dialogue, Reply, Transcript, group_of
 
 if TYPE_CHECKING:
     from .envelope import Envelope
+    from .opening import Address
     from .options import Options
 
 # Seconds that a server gets to answer a NOOP: a firewall that has forgotten the
@@ -90,16 +91,19 @@ class Session:
         return asyncio.get_running_loop().time() - self._last_used
 
     @classmethod
-    async def open(cls, options: Options) -> Session:
+    async def open(
+        cls, options: Options, addresses: list[Address] | None = None
+    ) -> Session:
         """
         Connect, upgrade to TLS and log in, as the options say.
 
+        :param addresses: see ``Opening.run``.
         :raises SMTPError: it failed; nothing stays open.
         """
         opening = Opening(options)
 
         async def run() -> Session:
-            return cls(options, await opening.run())
+            return cls(options, await opening.run(addresses))
 
         running = asyncio.create_task(run())
         try:

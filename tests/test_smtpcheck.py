@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.core.mail.utils import DNS_NAME
 from django.core.management import CommandError, call_command
 from jsonschema import Draft202012Validator
 
@@ -562,6 +563,78 @@ def test_each_fallback_is_checked(project: Configure) -> None:
     assert report["exit_status"] == EXIT_STATUS["sender"]
 
 
+def test_a_fallback_is_named_as_such(project: Configure) -> None:
+    with ScriptedServer() as first:
+        project(first, fallbacks=[{"host": "127.0.0.1", "port": free_port()}])
+        outcome = run()
+    assert "default, a fallback: 127.0.0.1:" in outcome.out
+    assert "Mail cannot be sent by this fallback:" in outcome.out
+    text = " ".join(outcome.out.split())
+    assert '"host" in ' in text
+    assert "EMAIL_HOST" not in text.split("a fallback:")[1]
+
+
+def test_djangos_backend_is_told_what_it_has(project: Configure) -> None:
+    refusing: Script = {"ehlo": b"501 bad name\r\n", "helo": b"501 bad name\r\n"}
+    with ScriptedServer(scripts=(refusing,)) as server:
+        project(server, DJANGOS)
+        outcome = run()
+    text = " ".join(outcome.out.split())
+    assert "local_hostname (with django_async_smtp.Backend)" in text
+    assert "ASYNC_SMTP" not in text
+    assert "OPTIONS" not in text
+
+
+def test_a_message_that_was_asked_for_and_not_sent_is_a_failure(
+    project: Configure,
+) -> None:
+    with ScriptedServer(extensions=("AUTH PLAIN",)) as server:
+        project(server, username=USERNAME, password=PASSWORD)
+        assert run().status == 0
+        outcome = run("--send", "--to", "to@example.com")
+        assert not server.commands(b"AUTH")
+        assert not server.received
+    assert outcome.status == EXIT_STATUS["recipient"]
+    assert signs(outcome)["message"] == "✗"
+
+
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_no_mail_comes_from_none(
+    server: MailServer, project: Configure, settings: Any, nothing: str | None
+) -> None:
+    project(server)
+    settings.SERVER_EMAIL = nothing
+    report = run_json()
+    (result,) = report["results"]
+    found = [finding["text"] for finding in stages(result)["sender"]["findings"]]
+    assert len(found) == 1
+    settings.DEFAULT_FROM_EMAIL = nothing
+    run("--send", "--to", "to@example.com")
+    assert not server.received
+
+
+def test_a_slow_lookup_of_the_own_name_is_told(
+    server: MailServer, project: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smtpcheck, "SLOW_NAME", 0.1)
+    asked = []
+
+    def get_fqdn() -> str:
+        asked.append(True)
+        time.sleep(0.2)
+        return "client.example"
+
+    monkeypatch.setattr(DNS_NAME, "get_fqdn", get_fqdn)
+    project(server)
+    run()
+    assert not asked  # It is set: local_hostname.
+    project(server, local_hostname=None)
+    run("--until", "settings")
+    assert not asked
+    (result,) = run_json()["results"]
+    assert "slow-own-name" in stages(result)["settings"]["hint_ids"]
+
+
 @mailers
 def test_one_mailer_or_all_are_checked(settings: Any) -> None:
     refusing = ScriptedServer(scripts=({"mail": b"550 no\r\n"},))
@@ -691,6 +764,11 @@ def command_line(tmp_path: Path) -> CommandLine:
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--send"], "--send needs --to ADDRESS."),
         (["--using", "nope"], "There is no mailer 'nope'"),
+        (
+            ["--send", "--to", "a@example.com", "--until", "recipient"],
+            "--send needs --until message",
+        ),
+        (["--connections", "2", "--until", "auth"], "--connections needs --until"),
     ],
 )
 def test_wrong_usage_is_status_1_from_the_command_line(
@@ -718,6 +796,22 @@ def test_a_failed_stage_is_the_status_on_the_command_line(
     done = command_line(free_port())
     assert done.returncode == EXIT_STATUS["connect"], done
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(
+    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    closed = """
+import os
+read, write = os.pipe()
+os.close(read)
+os.dup2(write, 1)
+"""
+    done = command_line(free_port(), code=closed)
+    assert done.returncode == 141, done
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
 
 
 SILENT_RESOLVER = """

@@ -104,8 +104,8 @@ _ADVICE: Final = (
     ),
     Hint(
         id="certificate-not-verified",
-        cause="The ssl_context in use accepts any certificate, so anybody in between "
-        "can read and change the mail.",
+        cause="The ssl_context in use accepts certificates of others, so anybody in "
+        "between can read and change the mail.",
         advice="Override ssl_context with one that verifies; {ssl_cafile} names a "
         "private authority.",
     ),
@@ -119,6 +119,13 @@ _ADVICE: Final = (
         cause="The settings send {username} and {password} in clear, and a check does "
         "not.",
         advice="Set {use_tls} (port 587) or {use_ssl} (port 465).",
+    ),
+    Hint(
+        id="login-not-tried-unverified",
+        cause="The ssl_context in use accepts certificates of others, and a check "
+        "sends no password over such a connection.",
+        advice="Override ssl_context with one that verifies certificate and host "
+        "name; {ssl_cafile} names a private authority.",
     ),
     Hint(
         id="fewer-connections-allowed",

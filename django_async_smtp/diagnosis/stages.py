@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import ssl
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -111,6 +112,7 @@ class _Diagnosis:
     def __init__(self, options: Options, request: _Request, timeout: float) -> None:
         one_wait = min(options.timeout, timeout * SHARE_OF_A_WAIT)
         self._options = replace(options, timeout=one_wait)
+        self._own_timeout = options.timeout
         self._request = request
         self._timeout = timeout
         self._deadline = asyncio.get_running_loop().time() + timeout
@@ -124,6 +126,8 @@ class _Diagnosis:
         self._is_broken_off = False
         # Why the later stages are out of reach.
         self._obstacle = ""
+        # Whether that is so though none has failed.
+        self._is_cut_off = False
 
     def plan(self) -> list[StageName]:
         """Return the stages, in the order in which the settings have them."""
@@ -138,7 +142,8 @@ class _Diagnosis:
         # Connections of their own need no transaction to have worked.
         is_apart = stage == "connections" and self._session is not None
         if self._obstacle and not is_apart:
-            return StageReport(stage, (Finding(self._obstacle, "skipped"),))
+            state: State = "failed" if self._is_owed(stage) else "skipped"
+            return StageReport(stage, (Finding(self._obstacle, state),))
         start = time.monotonic()
         found = await self._findings(stage)
         seconds = time.monotonic() - start
@@ -151,13 +156,23 @@ class _Diagnosis:
             self._obstacle = f"not reached: {stage} failed"
         return report
 
+    def _is_owed(self, stage: StageName) -> bool:
+        """Whether nothing that failed excuses a stage that was asked for."""
+        request = self._request
+        asked: dict[str, object] = {
+            "recipient": request.recipient,
+            "message": request.message,
+            "connections": request.connections,
+        }
+        return self._is_cut_off and bool(asked.get(stage))
+
     async def _findings(self, stage: StageName) -> list[Finding]:
         run: Callable[[], Awaitable[list[Finding]]] = getattr(self, stage)
         try:
             async with asyncio.timeout_at(self._deadline):
                 return await run()
         except errors.SMTPError as error:
-            return [failed(error, self._options)]
+            return [self._failed(error)]
         except Obstacle as obstacle:
             return obstacle.findings
         except TimeoutError:
@@ -235,7 +250,7 @@ class _Diagnosis:
         if has_other:
             return self._advised(text, "warning", "address-unreachable")
         error = translate(outcome, "connect", self._options)
-        return replace(failed(error, self._options), text=text)
+        return replace(self._failed(error), text=text)
 
     async def greeting(self) -> list[Finding]:
         try:
@@ -277,7 +292,7 @@ class _Diagnosis:
         await self._opening.ehlo()
         name = str(self._opening.client.local_hostname)
         said = Finding(f"as {name}")
-        if "." not in name.strip(".") or _CONTAINER_ID.fullmatch(name.split(".")[0]):
+        if not _is_full_host_name(name):
             text = f"as {name}, which is no full host name"
             said = self._advised(text, "warning", "ehlo-name-unqualified")
         return [said, Finding(self._extensions())]
@@ -354,13 +369,12 @@ class _Diagnosis:
     def _of_tls(self) -> list[Finding]:
         secured: Any = self._opening.client.ssl_object
         findings = [Finding(f"{secured.version()}, {secured.cipher()[0]}")]
+        if not self._is_verified:
+            text = "not verified to be this server's certificate"
+            findings += [self._advised(text, "warning", "certificate-not-verified")]
         peer = secured.getpeercert()
         if not peer:
-            text = "the certificate was not verified"
-            return [
-                *findings,
-                self._advised(text, "warning", "certificate-not-verified"),
-            ]
+            return findings
         certificate = probes.Certificate.of(peer)
         chain = probes.chain_length(secured)
         of = f", the first of {chain} certificates" if chain else ""
@@ -371,6 +385,16 @@ class _Diagnosis:
             left = self._advised(left.text, "warning", "certificate-expires-soon")
         return [*findings, Finding(text), left]
 
+    @property
+    def _is_verified(self) -> bool:
+        """Whether it is known who is at the other end of TLS."""
+        context = self._options.ssl_context
+        return (
+            context is not None
+            and context.verify_mode == ssl.CERT_REQUIRED
+            and context.check_hostname
+        )
+
     async def auth(self) -> list[Finding]:
         options, client = self._options, self._opening.client
         self._opening.require_connection("auth")
@@ -379,13 +403,21 @@ class _Diagnosis:
             self._make_session()
             return [Finding(f"no user name is set (offered: {offered})", "skipped")]
         if not (options.use_tls or options.use_ssl):
-            self._obstacle = "not reached: not logged in"
-            text = f"not tried without TLS (offered: {offered})"
-            return [self._advised(text, "warning", "login-not-tried")]
+            return self._not_tried("without TLS", offered, "login-not-tried")
+        if not self._is_verified:
+            why = "without a verified certificate"
+            return self._not_tried(why, offered, "login-not-tried-unverified")
         await self._opening.log_in()
         self._make_session()
         method = self._opening.auth_method.upper() or "an earlier AUTH"
         return [Finding(f"logged in with {method} (offered: {offered})")]
+
+    def _not_tried(self, why: str, offered: str, hint_id: str) -> list[Finding]:
+        """Report a login that is not tried; what was asked for behind it has failed."""
+        self._obstacle = "not reached: not logged in"
+        self._is_cut_off = True
+        text = f"not tried {why} (offered: {offered})"
+        return [self._advised(text, "warning", hint_id)]
 
     def _make_session(self) -> None:
         self._opening.require_connection("auth")
@@ -420,7 +452,7 @@ class _Diagnosis:
         try:
             reply = await self._ready().rehearse(sender, recipient)
         except errors.SMTPError as error:
-            return failed(error, self._options)
+            return self._failed(error)
         except Obstacle as obstacle:
             return obstacle.findings[0]
         except ValueError as error:
@@ -433,7 +465,13 @@ class _Diagnosis:
         envelope = self._request.message
         if envelope is None:
             return [Finding("none was sent", "skipped")]
-        receipt = await self._ready().send(envelope)
+        session = self._ready()
+        # A server may take its time to look at a message; it is not sent again.
+        left = self._deadline - asyncio.get_running_loop().time()
+        patience = max(min(self._own_timeout, left - RESERVE), self._options.timeout)
+        self._options = replace(self._options, timeout=patience)
+        session.options = self._options
+        receipt = await session.send(envelope)
         return [Finding(f"sent: {_told(receipt.reply)}")]
 
     async def connections(self) -> list[Finding]:
@@ -442,25 +480,37 @@ class _Diagnosis:
         here = [self._session] if self._session and self._session.is_clean else []
         opening = [self._open_another() for _ in range(wanted - len(here))]
         outcomes = await asyncio.gather(*opening, return_exceptions=True)
-        refused = [o for o in outcomes if isinstance(o, errors.SMTPError)]
+        failures = [o for o in outcomes if isinstance(o, BaseException)]
         count = len(self._others) + len(here)
         text = f"{count} of {wanted} opened at once"
-        each = options.max_connections
-        enough = (
-            f"{options.setting('max_connections')} = {each}: enough for "
-            f"{_count(count // each, 'process')}"
-        )
-        if not refused:
-            return [Finding(text), *([Finding(enough)] if count >= each else [])]
-        state: State = "warning" if count >= each else "failed"
-        why = f"{text}; then: {refused[0]}"
-        return [
-            self._advised(why, state, "fewer-connections-allowed"),
-            Finding(enough, state),
-        ]
+        enough = self._enough(count)
+        if not failures:
+            return [Finding(text), *enough]
+        first = failures[0]
+        if not isinstance(first, errors.SMTPError):
+            raise first
+        state: State = "warning" if count >= options.max_connections else "failed"
+        why = f"{text}; then: {first}"
+        if isinstance(first, errors.ResponseError | errors.Disconnected) and not (
+            isinstance(first, TimeoutError)
+        ):
+            found = self._advised(why, state, "fewer-connections-allowed")
+        else:
+            found = replace(self._failed(first), text=why, state=state)
+        return [found, *(replace(one, state=state) for one in enough)]
+
+    def _enough(self, count: int) -> list[Finding]:
+        """Return for how many processes connections are enough."""
+        options, each = self._options, self._options.max_connections
+        if not options.is_ours or count < each:
+            return []
+        processes = _count(count // each, "process")
+        setting = options.setting("max_connections")
+        return [Finding(f"{setting} = {each}: enough for {processes}")]
 
     async def _open_another(self) -> None:
-        self._others.append(await Session.open(self._options))
+        opened = await Session.open(self._options, self._addresses)
+        self._others.append(opened)
 
     def _note(self, side: str, line: str) -> None:
         self._lines.append(f"{side}: {self._harmless(line)}")
@@ -470,8 +520,24 @@ class _Diagnosis:
         text = redacted(text, (self._options.password,))
         return "".join(c if c.isprintable() else " " for c in text)
 
+    def _failed(self, error: errors.SMTPError) -> Finding:
+        """Return the finding of an error, which says where the check cut a wait."""
+        found = failed(error, self._options)
+        is_cut = self._options.timeout < self._own_timeout
+        if not (is_cut and isinstance(error, errors.ReplyTimeout)):
+            return found
+        waited = f"{round(self._options.timeout, 1):g} s"
+        hint = f"The check waited {waited}; --timeout makes it longer. {found.hint}"
+        return replace(found, text=f"{found.text} ({waited})", hint=hint)
+
     def _advised(self, text: str, state: State, hint_id: str) -> Finding:
         return advised(text, state, hint_id, self._options)
+
+
+def _is_full_host_name(name: str) -> bool:
+    first, _, domain = name.strip(".").partition(".")
+    is_placeholder = domain == "localdomain" or _CONTAINER_ID.fullmatch(first)
+    return bool(domain) and not is_placeholder
 
 
 def _hinted(text: str, hint_id: str, options: Options) -> Finding:

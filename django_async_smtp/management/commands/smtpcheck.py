@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import socket
 import sys
 import textwrap
@@ -38,6 +39,13 @@ EXIT_STATUS: Final[dict[str, int]] = {
     "settings": 1,
     **{stage: status for status, stage in enumerate(STAGES, 3)},
 }
+
+# As shells have it for SIGPIPE and SIGINT.
+PIPE_CLOSED: Final = 141
+INTERRUPTED: Final = 130
+
+# Seconds.
+SLOW_NAME: Final = 1.0
 
 WIDTH: Final = 80
 NAME_WIDTH: Final = 12
@@ -128,6 +136,12 @@ class Command(BaseCommand):
         except SystemExit as stop:
             # argparse's status for wrong usage.
             sys.exit(1 if stop.code == 2 else stop.code)
+        except BrokenPipeError:
+            # Whoever read has seen enough. Python would complain once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(PIPE_CLOSED)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
 
     def handle(self, *args: Any, **options: Any) -> None:
         """
@@ -136,12 +150,11 @@ class Command(BaseCommand):
         :raises CommandError: wrong usage.
         :raises SystemExit: a stage failed.
         """
-        if options["send"] and not options["to"]:
-            raise CommandError("--send needs --to ADDRESS.")
+        _refuse_contradictions(options)
         output: _Output = _JSON(self) if options["format"] == "json" else _Text(self)
         worst = _Worst(count_warnings=options["fail_on_warning"])
         for alias in self._chosen(options):
-            mailer, first = _of_settings(alias)
+            mailer, first = _of_settings(alias, options["until"])
             asyncio.run(_check(mailer, first, options, output, worst))
         output.close(worst.exit_status)
         if worst.exit_status:
@@ -211,18 +224,46 @@ def _stages(
     )
 
 
-def _of_settings(alias: str) -> tuple[checks.Mailer, StageReport]:
+def _refuse_contradictions(options: dict[str, Any]) -> None:
+    """:raises CommandError: what is asked for comes behind the last stage to run."""
+    if options["send"] and not options["to"]:
+        raise CommandError("--send needs --to ADDRESS.")
+    last = EXIT_STATUS[options["until"] or STAGES[-1]]
+    for option, stage in (
+        ("to", "recipient"),
+        ("send", "message"),
+        ("connections", "connections"),
+    ):
+        if options[option] and last < EXIT_STATUS[stage]:
+            raise CommandError(f"--{option} needs --until {stage}, or a later stage.")
+
+
+def _of_settings(alias: str, until: str | None) -> tuple[checks.Mailer, StageReport]:
     """Return a mailer, and what the system checks say of it, as a stage."""
     start = time.monotonic()
-    # This machine's name is looked up here.
-    mailer = checks.mailer(alias)
+    mailer = checks.mailer(alias, to_send=until != "settings")
     found = tuple(map(_finding, checks.problems(mailer)))
+    seconds = time.monotonic() - start
+    if mailer.servers and seconds > SLOW_NAME:
+        found = (*found, _of_slow_name(mailer, seconds))
     if not found and not mailer.servers:
         text = f"{mailer.path} does not send over SMTP: there is nothing to check"
         return mailer, StageReport("settings", (Finding(text, "skipped"),))
     if mailer.servers:
         found = (Finding(mailer.path), *found)
-    return mailer, StageReport("settings", found, seconds=time.monotonic() - start)
+    return mailer, StageReport("settings", found, seconds)
+
+
+def _of_slow_name(mailer: checks.Mailer, seconds: float) -> Finding:
+    """Tell of the one thing in the settings that asks the resolver, as sending does."""
+    setting = mailer.setting("local_hostname")
+    return Finding(
+        f"this machine's own name was looked up for {seconds:.1f} s",
+        "warning",
+        "slow-own-name",
+        f"Every process waits for that before its first mail. Set {setting}, or mend "
+        "this machine's resolver (/etc/hosts).",
+    )
 
 
 def _finding(problem: CheckMessage) -> Finding:
@@ -234,9 +275,10 @@ def _senders() -> dict[str, str]:
     """Return the addresses that the project sends from, by setting."""
     found: dict[str, str] = {}
     for name in ("DEFAULT_FROM_EMAIL", "SERVER_EMAIL"):
+        value = getattr(settings, name)
         with suppress(ValueError):
-            address = mailbox(getattr(settings, name))
-            if address not in found.values():
+            # Django takes the first one where the second is empty.
+            if value and (address := mailbox(value)) not in found.values():
                 found[name] = address
     return found
 
@@ -245,6 +287,8 @@ def _message(
     mailer: checks.Mailer, server: Options, options: dict[str, Any]
 ) -> Envelope | None:
     """Return the test message; None where DEFAULT_FROM_EMAIL is no address."""
+    if not settings.DEFAULT_FROM_EMAIL:
+        return None
     text = (
         f"This is a test message of manage.py smtpcheck.\n\n"
         f"Mailer: {mailer.alias}\nServer: {server.server}\n"
@@ -353,9 +397,13 @@ class _Text:
         self._signs = SIGNS if self._is_unicode else ASCII_SIGNS
         self._arrow = "→" if self._is_unicode else "->"
         self._reports: list[StageReport] = []
+        self._is_fallback = False
 
     def begin(self, mailer: checks.Mailer, server: Options | None) -> None:
         title = mailer.alias
+        self._is_fallback = server is not None and server.is_fallback
+        if self._is_fallback:
+            title += ", a fallback"
         if server is not None:
             title += f": {server.server}, {_security(server)}"
         self._reports = []
@@ -379,10 +427,11 @@ class _Text:
     def _first_finding(self, report: StageReport, indent: str) -> None:
         """Write the line of a stage: sign, name, finding, time and bar."""
         head = f"  {self._signs[report.state]} {report.stage:<{NAME_WIDTH}}"
-        margin = TIME_WIDTH + BAR_WIDTH
+        took = self._took(report)
+        margin = TIME_WIDTH + BAR_WIDTH if took else 0
         text = self._printable(report.findings[0].text)
         first, *others = _wrapped(text, WIDTH - HEAD_WIDTH, margin)
-        shown = f"{first:<{WIDTH - HEAD_WIDTH - margin}}{self._took(report)}"
+        shown = f"{first:<{WIDTH - HEAD_WIDTH - margin}}{took}"
         self._write(f"{self._styles[report.state](head)}{shown}".rstrip())
         for line in others:
             self._write(indent + line)
@@ -409,7 +458,8 @@ class _Text:
             parts.append(f"{', '.join(failed)} failed")
         verdict = f"{'; '.join(parts)}."
         if any(map(_stops_mail, self._reports)):
-            return f"Mail cannot be sent: {verdict}"
+            by_it = " by this fallback" if self._is_fallback else ""
+            return f"Mail cannot be sent{by_it}: {verdict}"
         return verdict if failed or warned else f"No problem found: {verdict}"
 
     def _paragraph(
