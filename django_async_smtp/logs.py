@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, AnyStr, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from types import FrameType
 
 logger = logging.getLogger("django_async_smtp")
@@ -30,6 +30,13 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/]{4,}={0,2}")
 _PERCENT_ENCODED = re.compile(r"(?:%[0-9A-Fa-f]{2})++|.", re.DOTALL)
 # How much of a secret in a row is more than chance.
 _PART: Final = 6
+# What servers say of a login in their own words. To hide a part of one would tell that
+# the password has it, and keep the hints from knowing the reply.
+_ORDINARY = re.compile(
+    r"\b(?:authenticat(?:e|ed|ion)|credentials?|(?:in)?correct|passwords?|"
+    r"(?:un)?successful|user ?names?)\b",
+    re.IGNORECASE,
+)
 
 
 def masked(text: str) -> str:
@@ -47,13 +54,22 @@ def redacted(text: str, secrets: tuple[str, ...]) -> str:
     :param secrets: the password first, of which no part stays that tells much. The
         others are hidden in clear only as a whole: a user name's domain may stay.
     """
-    kept: list[str] = []
-    end = 0
-    for start, stop in sorted({*_in_clear(text, secrets), *_in_base64(text, secrets)}):
-        if start > end or not kept:
-            kept.append(text[end:start])
-        end = max(end, stop)
-    return "***".join([*kept, text[end:]])
+    kept, end = "", 0
+    for start, stop in _merged([*_in_clear(text, secrets), *_in_base64(text, secrets)]):
+        kept += f"{text[end:start]}***"
+        end = stop
+    return kept + text[end:]
+
+
+def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the spans in order, those that overlap or touch as one."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], stop))
+        else:
+            found.append((start, stop))
+    return found
 
 
 def _in_clear(text: str, secrets: tuple[str, ...]) -> Iterator[tuple[int, int]]:
@@ -61,12 +77,22 @@ def _in_clear(text: str, secrets: tuple[str, ...]) -> Iterator[tuple[int, int]]:
     views: list[tuple[str, Sequence[int]]] = [(text, range(len(text) + 1))]
     if "%" in text:
         views.append(_unquoted(text))
+    ends = {
+        at: word.end()
+        for word in _ORDINARY.finditer(text)
+        for at in range(*word.span())
+    }
     for number, secret in enumerate(secrets):
         size = len(secret) if number else min(len(secret), _PART)
         parts = _parts(secret, size)
-        for view, places in views:
-            for index in _places(view, parts, size):
-                yield places[index], places[index + size]
+        spans = (
+            (places[index], places[index + size])
+            for view, places in views
+            for index in _places(view, parts, size)
+        )
+        for start, stop in _merged(spans):
+            if stop - start >= len(secret) or ends.get(start, 0) < stop:
+                yield start, stop
 
 
 def _in_base64(text: str, secrets: tuple[str, ...]) -> Iterator[tuple[int, int]]:
