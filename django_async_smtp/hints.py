@@ -203,6 +203,13 @@ _NAMED: Final = (
     "retries",
 )
 
+# Of two rows: with a login, other settings may mend it than without.
+_NO_RELAYING: Final = (
+    r"\brelay(ing)?\b.*\b(denied|prohibited|permitted|allowed|rejected)|"
+    r"\b(not|unable|cannot|can't|denied|prohibited|for)\b.*\brelay|rcpthosts"
+)
+_OWN_DOMAINS_ONLY: Final = "The server sends to its own domains only, for this client."
+
 HINTS: Final = (
     # No answer to the whole message.
     Hint(
@@ -485,6 +492,15 @@ HINTS: Final = (
         codes=(500, 502, 530),
         cause="What answers at {server} knows neither EHLO nor HELO: it is no mail "
         "server, an FTP server perhaps.",
+        advice="Check {host} and {port}: 587 with {use_tls}, 465 with {use_ssl}.",
+    ),
+    Hint(
+        id="no-smtp-server",
+        stages=("greeting",),
+        # Not the server's words, but what this side calls a line without an end.
+        text=r"^500 Line too long\.$",
+        cause="What answers at {server} goes on without an end of line: it is no mail "
+        "server.",
         advice="Check {host} and {port}: 587 with {use_tls}, 465 with {use_ssl}.",
     ),
     Hint(
@@ -828,19 +844,17 @@ HINTS: Final = (
     Hint(
         id="relaying-denied",
         stages=("mail", "rcpt"),
-        text=r"\brelay(ing)?\b.*\b(denied|prohibited|permitted|allowed|rejected)|"
-        r"\b(not|unable|cannot|can't|denied|prohibited|for)\b.*\brelay|rcpthosts",
+        text=_NO_RELAYING,
         when=_has_login,
-        cause="The server sends to its own domains only, for this client.",
+        cause=_OWN_DOMAINS_ONLY,
         advice="Check that {host} and {port} (587) are what the provider documents for "
         "sending, and that {username} may send from DEFAULT_FROM_EMAIL.",
     ),
     Hint(
         id="relaying-denied",
         stages=("mail", "rcpt"),
-        text=r"\brelay(ing)?\b.*\b(denied|prohibited|permitted|allowed|rejected)|"
-        r"\b(not|unable|cannot|can't|denied|prohibited|for)\b.*\brelay|rcpthosts",
-        cause="The server sends to its own domains only, for this client.",
+        text=_NO_RELAYING,
+        cause=_OWN_DOMAINS_ONLY,
         advice="Log in ({username}, {password}) at its submission port (587), or have "
         "this machine's address allowed to relay.",
     ),

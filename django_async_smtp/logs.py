@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import logging
 import re
 import sys
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, AnyStr, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
     from types import FrameType
 
 logger = logging.getLogger("django_async_smtp")
@@ -27,6 +27,16 @@ _ADDRESS = re.compile(
 )
 _HANDLING = {logging.Handler.handle.__code__, logging.Logger.callHandlers.__code__}
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{4,}={0,2}")
+_PERCENT_ENCODED = re.compile(r"(?:%[0-9A-Fa-f]{2})++|.", re.DOTALL)
+# How much of a secret in a row is more than chance.
+_PART: Final = 6
+# What servers say of a login in their own words. To hide a part of one would tell that
+# the password has it, and keep the hints from knowing the reply.
+_ORDINARY = re.compile(
+    r"\b(?:authenticat(?:e|ed|ion)|credentials?|(?:in)?correct|passwords?|"
+    r"(?:un)?successful|user ?names?)\b",
+    re.IGNORECASE,
+)
 
 
 def masked(text: str) -> str:
@@ -39,21 +49,104 @@ def redacted(text: str, secrets: tuple[str, ...]) -> str:
     Return the text without the secrets, in clear or within base64.
 
     Servers that do not know a command often quote it in their reply, which in a
-    login is the password.
+    login is the password; some cut it, or glue it to something else.
+
+    :param secrets: the password first, of which no part stays that tells much. The
+        others are hidden in clear only as a whole: a user name's domain may stay.
     """
+    kept, end = "", 0
+    for start, stop in _merged([*_in_clear(text, secrets), *_in_base64(text, secrets)]):
+        kept += f"{text[end:start]}***"
+        end = stop
+    return kept + text[end:]
 
-    def hide(match: re.Match[str]) -> str:
-        token = match[0]
-        try:
-            decoded = base64.b64decode(token + "=" * (-len(token) % 4))
-        except binascii.Error:
-            return token
-        return "***" if any(s.encode() in decoded for s in secrets if s) else token
 
-    for secret in secrets:
-        if secret:
-            text = text.replace(secret, "***")
-    return _BASE64.sub(hide, text)
+def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the spans in order, those that overlap or touch as one."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], stop))
+        else:
+            found.append((start, stop))
+    return found
+
+
+def _in_clear(text: str, secrets: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+    """Yield from where to where to hide what stands there as it is, or as in a URL."""
+    views: list[tuple[str, Sequence[int]]] = [(text, range(len(text) + 1))]
+    if "%" in text:
+        views.append(_unquoted(text))
+    ends = {
+        at: word.end()
+        for word in _ORDINARY.finditer(text)
+        for at in range(*word.span())
+    }
+    for number, secret in enumerate(secrets):
+        size = len(secret) if number else min(len(secret), _PART)
+        parts = _parts(secret, size)
+        spans = (
+            (places[index], places[index + size])
+            for view, places in views
+            for index in _places(view, parts, size)
+        )
+        for start, stop in _merged(spans):
+            if stop - start >= len(secret) or ends.get(start, 0) < stop:
+                yield start, stop
+
+
+def _in_base64(text: str, secrets: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+    """Yield from where to where to hide base64 with a part of a secret in it."""
+    hidden = []
+    for secret in (secret.encode() for secret in secrets):
+        size = min(len(secret), _PART)
+        hidden.append((_parts(secret, size), size))
+    for match in _BASE64.finditer(text):
+        if any(
+            True
+            for decoded in _decodings(match[0].rstrip("="))
+            for parts, size in hidden
+            for _ in _places(decoded, parts, size)
+        ):
+            yield match.span()
+
+
+def _parts(secret: AnyStr, size: int) -> set[AnyStr]:
+    """Return all parts of this size; none of an empty secret."""
+    if not size:
+        return set()
+    return {secret[at : at + size] for at in range(len(secret) - size + 1)}
+
+
+def _places(text: AnyStr, parts: set[AnyStr], size: int) -> Iterator[int]:
+    """Yield where in the text one of the parts, all of this size, begins."""
+    for at in range(len(text) - size + 1):
+        if text[at : at + size] in parts:
+            yield at
+
+
+def _decodings(token: str) -> Iterator[bytes]:
+    """Yield what base64 stands for, wherever its groups of four begin."""
+    for skipped in range(4):
+        group = token[skipped:]
+        # A single character of the last group stands for less than a byte.
+        group = group[:-1] if len(group) % 4 == 1 else group
+        yield base64.b64decode(group + "=" * (-len(group) % 4))
+
+
+def _unquoted(text: str) -> tuple[str, list[int]]:
+    """Return the text without percent-encoding, and where each character stood."""
+    found, places = [], []
+    for match in _PERCENT_ENCODED.finditer(text):
+        chars, place, width = match[0], match.start(), 0
+        if len(chars) > 1:
+            octets = bytes.fromhex(chars.replace("%", ""))
+            chars, width = octets.decode(errors="surrogateescape"), len("%20")
+        for char in chars:
+            found.append(char)
+            places.append(place)
+            place += width * len(char.encode(errors="surrogateescape")) if width else 1
+    return "".join(found), [*places, len(text)]
 
 
 def log(level: int, message: str, *args: object, **extra: Any) -> None:

@@ -243,9 +243,8 @@ def _checked_fallback(override: dict[str, Any], alias: str | None) -> dict[str, 
             raise _unusable(alias, "fallbacks", problem)
         expected, fits = TYPES[name]
         if value is not None and not fits(value):
-            problem = (
-                f"has {name!r}, which must be {expected}, not {_type_name(value)}."
-            )
+            wrong = _wrong_type(value, fits)
+            problem = f"has {name!r}, which must be {expected}{wrong}."
             raise _unusable(alias, "fallbacks", problem)
     found = {name: value for name, value in override.items() if value is not None}
     if found.get("use_tls") or found.get("use_ssl"):
@@ -290,7 +289,14 @@ def _error(in_mailers: str, in_settings: str, alias: str | None) -> Exception:
 def _check_type(name: str, value: object, alias: str | None) -> None:
     expected, fits = TYPES[name]
     if value is not None and not fits(value):
-        raise _unusable(alias, name, f"must be {expected}, not {_type_name(value)}.")
+        problem = f"must be {expected}{_wrong_type(value, fits)}."
+        raise _unusable(alias, name, problem)
+
+
+def _wrong_type(value: object, fits: Callable[[Any], bool]) -> str:
+    """Return ``, not str``, or nothing where another value of the type would do."""
+    of_its_type = (one for one in _EXAMPLES if type(one) is type(value))
+    return "" if any(map(fits, of_its_type)) else f", not {_type_name(value)}"
 
 
 def _unusable(alias: str | None, name: str, problem: str) -> Exception:
@@ -370,6 +376,9 @@ def _are_fallbacks(value: Any) -> bool:
 
 
 Check = tuple[str, Callable[[Any], bool]]
+
+# Values by which an option shows which types it takes.
+_EXAMPLES: Final = (1, 1.0, "a", ("a", 1), ["a", 1], ("a",), ["a"])
 
 # What Django has no setting for: the keys of ASYNC_SMTP.
 EXTRA: Final[dict[str, Check]] = {

@@ -69,13 +69,14 @@ def test_addresses_are_masked(text: str, expected: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["x", "@", "a@", "a@[", '"', r"\"a", '"a', "A=", "a b@", "AAAA"]
+    "text",
+    ["x", "@", "a@", "a@[", '"', r"\"a", '"a', "A=", "a b@", "AAAA", "AAAA ", "%20"],
 )
 def test_masking_what_a_server_says_takes_no_time(text: str) -> None:
     long = '"a' + text * (32_000 // len(text))
     start = time.process_time()
     masked(long)
-    redacted(long, ("secret",))
+    redacted(long, (PASSWORD, USERNAME, "a long secret" * 80))
     assert time.process_time() - start < 0.5
 
 
@@ -97,6 +98,78 @@ def test_credentials_are_redacted(text: str) -> None:
         assert secret not in found
     assert "***" in found
     assert found.startswith(text[:4])
+
+
+PLAIN = encoded(f"\0{USERNAME}\0{PASSWORD}")
+LONG_NAME = "somebody@example.com"
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        *((f"{encoded(PASSWORD)[:end]}...", "***...") for end in range(8, 28)),
+        *((f"{encoded(PASSWORD)[start:]}.", "***.") for start in range(19)),
+        *((f"=/{'x' * more}{encoded(PASSWORD)}", "=***") for more in range(4)),
+        *((f"{PLAIN[:end]}...", "***...") for end in range(8, len(PLAIN))),
+        (f"'{encoded(LONG_NAME)[:12]}'", "'***'"),
+        ("correct horse bat...", "***..."),
+        ("...t horse b", "...***"),
+        ("correct, horse battery", "correct,***"),
+        ("the password is incorrect", "the password is incorrect"),
+        ("incorrect horse", "in***"),
+        ("x" + PASSWORD * 2, "x***"),
+        ("auth=correct%20horse%20battery&x", "auth=***&x"),
+        ("correct%20hor%", "***%"),
+        ("%63%6F%72%72%65%63%74%20", "***"),
+        ("100%25 correct%20horse", "100%25 ***"),
+    ],
+)
+def test_no_part_of_a_password_stays(said: str, expected: str) -> None:
+    assert redacted(f"500 no: {said}", (PASSWORD, LONG_NAME, USERNAME)) == (
+        f"500 no: {expected}"
+    )
+
+
+@pytest.mark.parametrize("said", ["schlüssel", "schl%C3%BCssel", "l%C3%BCssel", "ssel"])
+def test_a_password_may_be_other_than_ascii(said: str) -> None:
+    expected = said if said == "ssel" else "***"
+    assert (
+        redacted(f"500 {said} %C3 %fcx", ("schlüssel",)) == f"500 {expected} %C3 %fcx"
+    )
+
+
+@pytest.mark.parametrize("said", ["pa%20ss", "a%20s", "xpa%20ssx"])
+def test_a_password_may_look_percent_encoded(said: str) -> None:
+    text = redacted(said, ("pa%20ss",))
+    assert text == {"pa%20ss": "***", "a%20s": "a%20s", "xpa%20ssx": "x***x"}[said]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "250 mx.example.com greets somebody",
+        "535 the battle of the correct horsemen is not in a secret",
+        f"334 {encoded('nobody@home')}",
+        "550 batte staff, or the ttery",
+    ],
+)
+def test_what_a_secret_shares_by_chance_stays(text: str) -> None:
+    assert redacted(text, ("battery staple", LONG_NAME)) == text
+
+
+@pytest.mark.parametrize(
+    ("secret", "said", "expected"),
+    [
+        ("abc", "535 abc, not ab", "535 ***, not ab"),
+        ("password", "535 password", "535 ***"),
+        ("abcde", f"535 {encoded('xabcdex')}", "535 ***"),
+        ("abcde", f"535 {encoded('xabcdx')} abcd", f"535 {encoded('xabcdx')} abcd"),
+    ],
+)
+def test_a_short_secret_is_hidden_as_a_whole(
+    secret: str, said: str, expected: str
+) -> None:
+    assert redacted(said, (secret,)) == expected
 
 
 @pytest.mark.parametrize("secrets", [(), ("",), (PASSWORD, USERNAME)])
