@@ -60,12 +60,14 @@ class Opening:
     Each step raises ``SMTPError``; after that, ``abort`` is all that is left.
 
     :ivar client: the connection, from the greeting on.
+    :ivar knows_ehlo: whether the server does; else it was told HELO.
     :ivar auth_method: the method that logged in; empty before.
     """
 
     def __init__(self, options: Options, transcript: Transcript | None = None) -> None:
         self.options = options
         self.client = _Client(options, transcript)
+        self.knows_ehlo = True
         self.auth_method = ""
         self._socket: socket.socket | None = None
 
@@ -143,6 +145,7 @@ class Opening:
                     raise
                 _forget_input(self.client)
                 await self.client.helo()
+                self.knows_ehlo = False
 
     async def starttls(self) -> None:
         """Upgrade to TLS; EHLO must follow."""

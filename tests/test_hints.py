@@ -728,7 +728,7 @@ REPLIES = [
 # What is no reply.
 
 STEPS = [
-    step("no-smtp-server 3", "greeting", b"x" * 100_000, name="a line without an end"),
+    step("no-smtp-server 3", "greeting", b"x" * 100_000 + b"\r\n", name="a long line"),
     step("maybe-delivered", "body", CLOSE, name="closed after the message"),
     step("maybe-delivered", "body", SILENCE, name="silent after the message"),
     step("maybe-delivered", "body", b"what?\r\n", name="garbage after the message"),

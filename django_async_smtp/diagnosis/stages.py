@@ -300,7 +300,7 @@ class _Diagnosis:
     def _extensions(self) -> str:
         """Return what the server offers, as text."""
         client = self._opening.client
-        if not client.supports_esmtp:
+        if not self._opening.knows_ehlo:
             return "no extensions: the server knows HELO only"
         offered = client.esmtp_extensions
         size = offered.get("size", "")
