@@ -42,8 +42,6 @@ EXIT_TIMEOUT: Final = 1.5
 # Seconds for the thread to come up, before it is taken for one that never will.
 START_TIMEOUT: Final = 10.0
 
-# For looking up host names; threads are started as they are needed.
-DNS_THREADS: Final = 2
 # How many are kept before those that nobody uses are dropped: settings that change
 # with every message would fill the memory otherwise.
 MAX_POOLS: Final = 100
@@ -75,9 +73,6 @@ class SMTPLoop:
         self._posted: deque[Callable[[], None]] = deque()
         self._is_waking = False
         self.loop = asyncio.SelectorEventLoop()
-        self.loop.set_default_executor(
-            ThreadPoolExecutor(DNS_THREADS, thread_name_prefix="django-async-smtp-dns")
-        )
         self.thread = threading.Thread(
             target=self._run, name="django-async-smtp", daemon=True
         )

@@ -71,6 +71,7 @@ class Session:
         self.was_ended = False
         self.end_of_life = math.inf
         self.begun: Envelope | None = None
+        self._begun_commands: list[bytes] = []
         self._last_used = asyncio.get_running_loop().time()
         self._dialogue = Dialogue(
             cast("asyncio.Transport", client.transport), self._ended, transcript
@@ -134,7 +135,7 @@ class Session:
         is_begun = self.begun is envelope
         if not is_begun and self.begun is not None:
             raise RuntimeError("Another message was begun on this session.")
-        commands = self._commands(envelope)
+        commands = self._begun_commands if is_begun else self._commands(envelope)
         try:
             if self._pipelines and not is_begun:
                 with translated("mail", self.options):
@@ -315,6 +316,7 @@ class Session:
                 reply = await dialogue.message(content, options.timeout, group)
             finally:
                 self.begun = upcoming if dialogue.is_group_sent else None
+                self._begun_commands = group
             self._usable(reply)
             if reply.code != 250:
                 raise aiosmtplib.SMTPDataError(*_words(reply))

@@ -1129,6 +1129,28 @@ async def test_connections_are_tried_though_a_message_is_refused() -> None:
     assert texts(reports["connections"])[0] == "2 of 2 opened at once"
 
 
+@pytest.mark.asyncio
+async def test_further_connections_lead_to_the_address_that_was_checked(
+    resolves_to: Callable[..., Options],
+) -> None:
+    with ScriptedServer() as server, ScriptedServer() as other:
+        options = resolves_to((server.host, server.port), ("::1", other.port))
+        reports = await checked(options, connections=3, family=socket.AF_INET)
+        assert server.connections == 3
+        assert other.connections == 0
+    assert texts(reports["connections"])[0] == "3 of 3 opened at once"
+
+
+@pytest.mark.asyncio
+async def test_silence_is_not_taken_for_a_limit_of_connections() -> None:
+    silent: Script = {"greeting": SILENCE}
+    with ScriptedServer(scripts=({}, silent)) as server:
+        options = options_for(server, max_connections=1, timeout=0.3)
+        reports = await checked(options, connections=2)
+    assert hint_ids(reports["connections"]) == ["greeting-timeout"]
+    assert reports["connections"].state == "warning"
+
+
 # Time, and the end.
 
 WHERE_SILENT: dict[str, str] = {
