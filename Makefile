@@ -2,10 +2,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak bench profile picture lint format clean
+PORT ?= 8000
+
+.PHONY: demo serve test soak bench profile picture lint format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python example_project/demo.py
+
+# The example project, in a browser: make serve PORT=9000
+serve: $(VENV)/.ready
+	@$(BIN)/python example_project/serve.py $(PORT)
 
 test: lint
 	$(BIN)/coverage erase

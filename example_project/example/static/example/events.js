@@ -1,0 +1,44 @@
+// Server-sent events, of a GET that goes on for ever, and of a POST that ends.
+
+/** Call a handler for each named event, and say on the page whether it is live. */
+export function follow(url, handlers, live = null) {
+  const source = new EventSource(url);
+  for (const [name, handle] of Object.entries(handlers)) {
+    source.addEventListener(name, (event) => handle(JSON.parse(event.data)));
+  }
+  const say = (text, isLive) => {
+    if (live === null) return;
+    live.textContent = text;
+    live.classList.toggle("is-live", isLive);
+  };
+  source.addEventListener("open", () => say("live", true));
+  source.addEventListener("error", () => say("not connected", false));
+  return source;
+}
+
+/** Yield the events of a response's body, as [name, data]. */
+export async function* eventsOf(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    text += value;
+    const blocks = text.split("\n\n");
+    text = blocks.pop();
+    for (const block of blocks) {
+      const fields = Object.fromEntries(
+        block.split("\n").map((line) => line.split(/: (.*)/s, 2)),
+      );
+      if (fields.event) yield [fields.event, JSON.parse(fields.data)];
+    }
+  }
+}
+
+/** Fill the elements of a clone, by an attribute, with text. */
+export function fill(root, attribute, values) {
+  for (const element of root.querySelectorAll(`[data-${attribute}]`)) {
+    const value = values[element.dataset[attribute]];
+    if (value !== undefined) element.textContent = value;
+  }
+}

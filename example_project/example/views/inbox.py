@@ -1,0 +1,140 @@
+"""Inbox: what the embedded server received, live."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from email.message import EmailMessage
+from typing import Any, Final
+
+from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
+from django.http.response import HttpResponseBase
+from django.shortcuts import render
+from django.urls import reverse
+from django.utils.formats import date_format
+from django.utils.http import content_disposition_header
+from django.utils.timezone import localtime
+from django.views.decorators.clickjacking import xframe_options_sameorigin
+from django.views.decorators.http import require_GET
+from mailserver import INBOX, KEPT, Received
+
+from ..events import Event, event_stream
+
+# A mail may bring its own looks, and nothing else: no scripts, no forms, nothing from
+# the network, and an origin of its own.
+MAIL_POLICY: Final = (
+    "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+    "frame-ancestors 'self'"
+)
+
+
+@require_GET
+def inbox(request: HttpRequest) -> HttpResponse:
+    """List what was received, the newest first."""
+    received = list(INBOX)
+    context = {
+        "rows": [_row(one) for one in received],
+        "newest": received[0].number if received else 0,
+        "kept": KEPT,
+    }
+    return render(request, "example/inbox.html", context)
+
+
+@require_GET
+async def inbox_events(request: HttpRequest) -> StreamingHttpResponse:
+    """Tell of each message that comes after the one that the page knows."""
+    # A browser that comes back says what it has seen.
+    known = request.headers.get("Last-Event-ID") or request.GET.get("after", "")
+    return event_stream(_arrivals(int(known) if known.isdecimal() else 0))
+
+
+async def _arrivals(known: int) -> AsyncGenerator[Event, None]:
+    arrived = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    with INBOX.telling(lambda: loop.call_soon_threadsafe(arrived.set)):
+        while True:
+            arrived.clear()
+            for received in INBOX.after(known):
+                known = received.number
+                yield "mail", _row(received)
+            await arrived.wait()
+
+
+@require_GET
+def message(request: HttpRequest, number: int) -> HttpResponse:
+    """Show a message: its headers, text, HTML and attachments."""
+    received = _received(number)
+    mail = received.parsed()
+    text, html = mail.get_body(("plain",)), mail.get_body(("html",))
+    context = {
+        "received": received,
+        "headers": [(name, str(value)) for name, value in mail.items()],
+        "text": _content(text) if text is not None else None,
+        "has_html": html is not None,
+        "attachments": [
+            {"name": _name(part, index), "size": len(_payload(part)), "index": index}
+            for index, part in enumerate(mail.iter_attachments())
+        ],
+    }
+    return render(request, "example/message.html", context)
+
+
+@require_GET
+@xframe_options_sameorigin
+def message_html(request: HttpRequest, number: int) -> HttpResponse:
+    """Return a message's HTML, for a sandboxed frame."""
+    html = _received(number).parsed().get_body(("html",))
+    if html is None:
+        raise Http404
+    response = HttpResponse(_content(html))
+    response.headers["Content-Security-Policy"] = MAIL_POLICY
+    return response
+
+
+@require_GET
+def attachment(request: HttpRequest, number: int, index: int) -> HttpResponseBase:
+    """Return an attachment, only to be saved."""
+    parts = list(_received(number).parsed().iter_attachments())
+    if index >= len(parts):
+        raise Http404
+    # Never its own type: a browser must not open what somebody sent.
+    response = HttpResponse(
+        _payload(parts[index]), content_type="application/octet-stream"
+    )
+    name = content_disposition_header(True, _name(parts[index], index))
+    response.headers["Content-Disposition"] = name
+    return response
+
+
+def _received(number: int) -> Received:
+    received = INBOX.find(number)
+    if received is None:
+        raise Http404
+    return received
+
+
+def _row(received: Received) -> dict[str, Any]:
+    return {
+        "number": received.number,
+        "url": reverse("message", args=[received.number]),
+        "subject": received.subject or "(no subject)",
+        "sender": received.sender,
+        "recipients": ", ".join(received.recipients),
+        "at": date_format(localtime(received.at), "H:i:s"),
+        "size": f"{received.size / 1000:.1f} kB",
+    }
+
+
+def _content(part: EmailMessage) -> str:
+    """Return a part's text; what its character set does not know is replaced."""
+    return str(part.get_content(errors="replace"))
+
+
+def _payload(part: Any) -> bytes:
+    """Return an attachment's bytes; those of a mail within the mail are its source."""
+    payload = part.get_payload(decode=True)
+    return payload if isinstance(payload, bytes) else bytes(part.get_content())
+
+
+def _name(part: Any, index: int) -> str:
+    return part.get_filename() or f"attachment-{index + 1}"
