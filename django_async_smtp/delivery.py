@@ -54,6 +54,10 @@ class Delivery:
     :ivar server: ``"host:port"`` of the server that answered, or was tried last.
     :ivar attempts: how often it was tried, each time on another session.
     :ivar seconds: from the first attempt to the outcome.
+    :ivar stages: seconds that each stage of the last transaction took, up to its reply:
+        ``{"mail": 0.02, "rcpt": …, "data": …, "body": …}``; before them those of the
+        connection, ``connect`` to ``auth``, where it was the first message on it (with
+        ``use_ssl``, ``tls`` holds the greeting).
     :ivar error: what was, or would be, raised.
     """
 
@@ -64,6 +68,7 @@ class Delivery:
     server: str = ""
     attempts: int = 0
     seconds: float = 0.0
+    stages: dict[errors.Stage, float] = field(default_factory=dict)
     error: Exception | None = None
 
 
@@ -88,6 +93,7 @@ class Courier:
         self._pool = pools[0]
         self._begun_on: Session | None = None
         self._upcoming: Upcoming = _nothing
+        self._stages: dict[errors.Stage, float] = {}
 
     async def prepare(self) -> None:
         """Have a session ready ahead of the first message."""
@@ -123,6 +129,7 @@ class Courier:
             return Delivery(state="failed", error=envelope)
         start = time.monotonic()
         self.attempts = 0
+        self._stages = {}
         self._upcoming = upcoming
         try:
             outcome = await self._to_all(envelope)
@@ -141,6 +148,7 @@ class Courier:
             server=self._pool.options.server,
             attempts=self.attempts,
             seconds=time.monotonic() - start,
+            stages=self._stages,
         )
 
     async def _to_all(self, envelope: Envelope) -> Delivery:
@@ -220,6 +228,7 @@ class Courier:
         try:
             return await session.send(envelope, partial(self._next_on, session))
         finally:
+            self._stages = dict(session.stages)
             if session.begun is not None:
                 self._begun_on = session
             else:

@@ -20,6 +20,7 @@ import asyncio
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -53,6 +54,20 @@ METHOD_UNKNOWN: Final = {500, 502, 504}
 ALREADY_AUTHENTICATED: Final = 503
 
 
+class StageTimes(dict[errors.Stage, float]):
+    """Seconds by stage, in the order in which they ended; the clock is running."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._since = time.monotonic()
+
+    def end(self, stage: errors.Stage) -> None:
+        """Add the seconds since the end of the stage before, or since the beginning."""
+        now = time.monotonic()
+        self[stage] = self.get(stage, 0.0) + now - self._since
+        self._since = now
+
+
 class Opening:
     """
     What happens between the options and a session.
@@ -62,10 +77,12 @@ class Opening:
     :ivar client: the connection, from the greeting on.
     :ivar knows_ehlo: whether the server does; else it was told HELO.
     :ivar auth_method: the method that logged in; empty before.
+    :ivar stages: how long the steps of ``run`` took.
     """
 
     def __init__(self, options: Options, transcript: Transcript | None = None) -> None:
         self.options = options
+        self.stages = StageTimes()
         self.client = _Client(options, transcript)
         self.knows_ehlo = True
         self.auth_method = ""
@@ -77,15 +94,22 @@ class Opening:
 
         :param addresses: the addresses to connect to, instead of all that the host has.
         """
+        self.stages = StageTimes()
         with translated("connect", self.options):
             self.take(await connect(self.options, addresses))
+        self.stages.end("connect")
         await self.greeting()
+        self.stages.end("tls" if self.options.use_ssl else "greeting")
         await self.ehlo()
+        self.stages.end("ehlo")
         if self.options.use_tls:
             await self.starttls()
+            self.stages.end("tls")
             await self.ehlo()
+            self.stages.end("ehlo")
         if self.options.uses_login:
             await self.log_in()
+            self.stages.end("auth")
         return self.client
 
     def take(self, connected: socket.socket) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import aiosmtplib
 
 from . import errors
-from .opening import Opening, translate, translated
+from .opening import Opening, StageTimes, translate, translated
 from .pipelining import TOO_LONG, Dialogue, Reply, Transcript, group_of
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class Session:
     :ivar is_used: whether it was handed over or sent before, and may have died since.
     :ivar was_ended: whether the server ended it.
     :ivar end_of_life: the loop's time at which to replace it.
+    :ivar stages: how long the stages of the message at hand, or the last one, took;
+        those of the opening too where it is the first.
     :ivar begun: the envelope whose commands went out with the message before, and
         which must be sent next, or the session ended.
     """
@@ -70,6 +72,8 @@ class Session:
         self.is_used = False
         self.was_ended = False
         self.end_of_life = math.inf
+        self.stages = StageTimes()
+        self._opened_in: dict[errors.Stage, float] = {}
         self.begun: Envelope | None = None
         self._begun_commands: list[bytes] = []
         self._last_used = asyncio.get_running_loop().time()
@@ -104,7 +108,9 @@ class Session:
         opening = Opening(options)
 
         async def run() -> Session:
-            return cls(options, await opening.run(addresses))
+            session = cls(options, await opening.run(addresses))
+            session._opened_in = opening.stages
+            return session
 
         running = asyncio.create_task(run())
         try:
@@ -136,6 +142,9 @@ class Session:
         if not is_begun and self.begun is not None:
             raise RuntimeError("Another message was begun on this session.")
         commands = self._begun_commands if is_begun else self._commands(envelope)
+        self.stages = StageTimes()
+        self.stages.update(self._opened_in)
+        self._opened_in = {}
         try:
             if self._pipelines and not is_begun:
                 with translated("mail", self.options):
@@ -235,6 +244,7 @@ class Session:
         mail, *recipients, data = commands
         with translated("mail", options):
             reply = await self._answer(mail)
+            self.stages.end("mail")
             if reply.code != 250:
                 raise aiosmtplib.SMTPSenderRefused(*_words(reply), envelope.sender)
         accepted: list[str] = []
@@ -250,6 +260,7 @@ class Session:
                     # The session is over, also for those accepted before.
                     accepted.clear()
                     break
+            self.stages.end("rcpt")
             if refused and not accepted:
                 raise aiosmtplib.SMTPRecipientsRefused(
                     [
@@ -259,6 +270,7 @@ class Session:
                 )
         with translated("data", options):
             reply = await self._answer(data)
+            self.stages.end("data")
         if is_begun and reply.code in (250, 251):
             # One reply too many came after the message before: nothing of this one
             # was accepted.
@@ -314,6 +326,7 @@ class Session:
         try:
             try:
                 reply = await dialogue.message(content, options.timeout, group)
+                self.stages.end("body")
             finally:
                 self.begun = upcoming if dialogue.is_group_sent else None
                 self._begun_commands = group

@@ -25,6 +25,7 @@ from .servers import (
     SILENCE,
     Action,
     MailServer,
+    Pause,
     Script,
     ScriptedServer,
     Step,
@@ -69,6 +70,29 @@ def test_a_delivery_tells_what_the_server_said(make_backend: MakeBackend) -> Non
     assert told.attempts == 1
     assert 0 < told.seconds < 10
     assert told.error is None
+
+
+def test_a_delivery_tells_how_long_each_stage_took(
+    make_backend: MakeBackend,
+) -> None:
+    slow: Script = {"ehlo": [Pause(0.1), DEFAULT], "data": [Pause(0.2), DEFAULT]}
+    messages = [email(), email()]
+    with ScriptedServer(scripts=(slow,)) as server:
+        make_backend(server, max_connections=1).send_messages(messages)
+    first, second = (message.delivery.stages for message in messages)
+    opening, transaction = ["connect", "greeting", "ehlo"], ["mail", "rcpt", "data"]
+    assert list(first) == [*opening, *transaction, "body"]
+    assert list(second) == [*transaction, "body"]
+    assert 0.1 <= first["ehlo"] < 0.2 <= first["data"] < 2
+    assert 0.2 <= second["data"] <= second["data"] + second["body"] < 2
+    assert sum(second.values()) <= messages[1].delivery.seconds
+
+
+def test_the_stages_end_with_the_one_that_failed(make_backend: MakeBackend) -> None:
+    message = email()
+    with ScriptedServer(scripts=({"rcpt": NO},)) as server:
+        failure_of(make_backend(server), [message])
+    assert list(message.delivery.stages)[-2:] == ["mail", "rcpt"]
 
 
 def test_a_delivery_cannot_be_changed(
