@@ -44,6 +44,7 @@ def main(port: int) -> None:
                 SMTP_USER=USER,
                 SMTP_PASSWORD=PASSWORD,
                 SMTP_CA_FILE=str(authority.file),
+                SMTP_LOCAL_HOSTNAME="www.example.com",
                 EXPIRED_PORT=str(expired.port),
                 NEWSLETTER_USER=NEWSLETTER_USER,
             )

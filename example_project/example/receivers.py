@@ -48,7 +48,8 @@ def record(
     """
     row = SentMail.of(message, delivery, alias)
     if delivery.error is not None:
-        error = LastError(datetime.datetime.now(), row.server, row.error, row.hint)
+        now = datetime.datetime.now(datetime.UTC)
+        error = LastError(now, row.server, row.error, row.hint)
         LAST_ERRORS.appendleft(error)
     row.save()
     rows = _recorded.get()

@@ -13,6 +13,7 @@ ALLOWED_HOSTS = ["localhost", "127.0.0.1", "testserver"]
 ROOT_URLCONF = "example.urls"
 STATIC_URL = "static/"
 USE_TZ = True
+TIME_ZONE = "UTC"
 
 INSTALLED_APPS = [
     # System checks, and manage.py smtpcheck.
@@ -78,10 +79,17 @@ PORT = int(os.environ.get("SMTP_PORT", "587"))
 USER = os.environ.get("SMTP_USER", "")
 PASSWORD = os.environ.get("SMTP_PASSWORD", "")
 CA_FILE = os.environ.get("SMTP_CA_FILE")
+# Said in EHLO; this machine's own name where it is None.
+OWN_NAME = os.environ.get("SMTP_LOCAL_HOSTNAME")
 
 # What the page "Settings" shows of failures; nothing to copy.
 BROKEN_MAILERS = broken_mailers(
-    host=HOST, port=PORT, username=USER, password=PASSWORD, ssl_cafile=CA_FILE
+    host=HOST,
+    port=PORT,
+    username=USER,
+    password=PASSWORD,
+    ssl_cafile=CA_FILE,
+    local_hostname=OWN_NAME,
 )
 
 if django.VERSION >= (6, 1):
@@ -96,6 +104,7 @@ if django.VERSION >= (6, 1):
                 "use_tls": True,
                 "timeout": 10,
                 "ssl_cafile": CA_FILE,
+                "local_hostname": OWN_NAME,
             },
         },
     }
@@ -110,7 +119,7 @@ else:
     EMAIL_USE_TLS = True
     EMAIL_TIMEOUT = 10
     # What Django has no setting for.
-    ASYNC_SMTP = {"ssl_cafile": CA_FILE}
+    ASYNC_SMTP = {"ssl_cafile": CA_FILE, "local_hostname": OWN_NAME}
 
 # What fail_silently swallows, and recipients that were refused among others. What is
 # raised is not logged as well.
@@ -119,5 +128,8 @@ LOGGING = {
     "disable_existing_loggers": False,
     "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(message)s"}},
     "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "line"}},
-    "loggers": {"django_async_smtp": {"handlers": ["console"], "level": "WARNING"}},
+    "loggers": {
+        "django_async_smtp": {"handlers": ["console"], "level": "WARNING"},
+        "django.request": {"handlers": ["console"], "level": "ERROR"},
+    },
 }

@@ -42,14 +42,14 @@ async def contact_async(request: HttpRequest) -> HttpResponse:
     form = ContactForm(request.POST or None, request.FILES or None)
     if not form.is_valid():
         return compose_page(request, form)
-    mail, alias = form.cleaned_data, form.cleaned_data["mailer"]
+    mail, using = form.cleaned_data, through(form.cleaned_data["mailer"])
     with recorded() as rows:
         try:
             if mail["attachment"]:
-                await backend(alias).asend_messages([form.email()])
+                await backend(mail["mailer"]).asend_messages([form.email()])
             else:
                 await asend_mail(
-                    mail["subject"], mail["text"], None, mail["to"], **through(alias)
+                    mail["subject"], mail["text"], None, mail["to"], **using
                 )
         except SMTPError as error:
             return compose_page(request, form, error)

@@ -11,9 +11,7 @@ from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpRespons
 from django.http.response import HttpResponseBase
 from django.shortcuts import render
 from django.urls import reverse
-from django.utils.formats import date_format
 from django.utils.http import content_disposition_header
-from django.utils.timezone import localtime
 from django.views.decorators.clickjacking import xframe_options_sameorigin
 from django.views.decorators.http import require_GET
 from mailserver import INBOX, KEPT, Received
@@ -120,7 +118,8 @@ def _row(received: Received) -> dict[str, Any]:
         "subject": received.subject or "(no subject)",
         "sender": received.sender,
         "recipients": ", ".join(received.recipients),
-        "at": date_format(localtime(received.at), "H:i:s"),
+        "at": f"{received.at:%H:%M:%S} UTC",
+        "iso": received.at.isoformat(timespec="seconds"),
         "size": f"{received.size / 1000:.1f} kB",
     }
 

@@ -57,4 +57,4 @@ async def send_at_once(request: HttpRequest) -> HttpResponse:
 
 
 def _shown(error: Any) -> dict[str, str]:
-    return {**asdict(error), "at": f"{error.at:%H:%M:%S}"}
+    return {**asdict(error), "at": error.at.isoformat(timespec="seconds")}

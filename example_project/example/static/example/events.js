@@ -42,3 +42,9 @@ export function fill(root, attribute, values) {
     if (value !== undefined) element.textContent = value;
   }
 }
+
+/** Show the time of an element as the clock on this wall has it. */
+export function localize(time, iso = time.dateTime) {
+  time.dateTime = iso;
+  time.textContent = new Date(iso).toLocaleTimeString();
+}

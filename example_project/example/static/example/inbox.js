@@ -1,6 +1,6 @@
 // Puts what arrives on top of the list.
 
-import { fill, follow } from "./events.js";
+import { fill, follow, localize } from "./events.js";
 
 const list = document.querySelector("[data-mails]");
 const template = document.querySelector("[data-row]");
@@ -8,6 +8,8 @@ const empty = document.querySelector("[data-empty]");
 const said = document.querySelector("[data-said]");
 const { events, newest, kept } = list.dataset;
 let known = Number(newest);
+
+for (const time of list.querySelectorAll("time")) localize(time);
 
 follow(
   `${events}?after=${newest}`,
@@ -19,6 +21,7 @@ follow(
       const row = template.content.cloneNode(true);
       fill(row, "field", { ...mail, url: undefined });
       row.querySelector("a").href = mail.url;
+      localize(row.querySelector("time"), mail.iso);
       row.querySelector("li").classList.add("is-new");
       list.prepend(row);
       while (list.children.length > Number(kept)) list.lastElementChild.remove();

@@ -1,7 +1,7 @@
 // Shows the pool's figures as they change.
 
 import { draw } from "./chart.js";
-import { fill, follow } from "./events.js";
+import { fill, follow, localize } from "./events.js";
 
 // Seconds that the chart shows, and between two points.
 const SHOWN = 30;
@@ -51,6 +51,7 @@ function show({ servers, errors }) {
     ...errors.map((error) => {
       const row = document.querySelector("template[data-error]").content.cloneNode(true);
       fill(row, "field", error);
+      localize(row.querySelector("time"), error.at);
       return row;
     }),
   );

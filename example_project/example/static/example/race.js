@@ -126,5 +126,5 @@ form.addEventListener("submit", async (event) => {
 
 stop.addEventListener("click", () => running?.abort());
 distance.addEventListener("input", showDistance);
+new ResizeObserver(drawRates).observe(chart);
 showDistance();
-draw(chart, { ours: [], django: [] }, { least: 10 });

@@ -5,8 +5,8 @@ import { follow } from "./events.js";
 const SIGNS = { ok: "✓", skipped: "–", warning: "!", failed: "✗" };
 const ORDER = ["ok", "skipped", "warning", "failed"];
 const VERDICTS = { ok: "works", warning: "works, with a warning", failed: "fails" };
-// Milliseconds that fill a bar; longer ones fill it, too.
-const FULL = 100;
+// Milliseconds that fill a bar at least; else the longest stage does.
+const LEAST = 5;
 
 const container = document.querySelector("[data-mailers]");
 const template = document.querySelector("[data-stage]");
@@ -23,6 +23,15 @@ function setState(card, state, text) {
   badge.textContent = text;
 }
 
+/** Have all bars share one scale. */
+function scale() {
+  const bars = [...container.querySelectorAll("[data-milliseconds]")];
+  const longest = Math.max(LEAST, ...bars.map((bar) => Number(bar.dataset.milliseconds)));
+  for (const bar of bars) {
+    bar.setAttribute("width", Math.max(1, (100 * bar.dataset.milliseconds) / longest));
+  }
+}
+
 function add(report) {
   const card = cards.get(report.mailer);
   const row = template.content.cloneNode(true);
@@ -32,8 +41,7 @@ function add(report) {
   row.querySelector("[data-name]").textContent = report.stage;
   if (report.state !== "skipped") {
     row.querySelector("[data-time]").textContent = `${report.milliseconds} ms`;
-    const width = Math.max(1, Math.min(100, (100 * report.milliseconds) / FULL));
-    row.querySelector("[data-bar]").setAttribute("width", width);
+    row.querySelector("[data-bar]").dataset.milliseconds = report.milliseconds;
   }
   const found = row.querySelector("[data-found]");
   for (const finding of report.findings) {
@@ -48,6 +56,7 @@ function add(report) {
     }
   }
   card.querySelector("[data-stages]").append(row);
+  scale();
   const before = worst.get(report.mailer) ?? "ok";
   if (ORDER.indexOf(report.state) > ORDER.indexOf(before)) worst.set(report.mailer, report.state);
   setState(card, "running", "checking");
