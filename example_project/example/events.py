@@ -39,8 +39,8 @@ def end_streams() -> None:
 
 
 async def _encoded(events: AsyncGenerator[Event, None]) -> AsyncGenerator[str, None]:
-    ending = asyncio.ensure_future(_ending.wait())
-    following: asyncio.Future[Event | None] = _next(events)
+    ending: asyncio.Future[Any] = asyncio.ensure_future(_ending.wait())
+    following = _next(events)
     try:
         while True:
             waiting = {ending, following}
@@ -67,5 +67,5 @@ async def _encoded(events: AsyncGenerator[Event, None]) -> AsyncGenerator[str, N
         await events.aclose()
 
 
-def _next(events: AsyncGenerator[Event, None]) -> asyncio.Future[Event | None]:
+def _next(events: AsyncGenerator[Event, None]) -> asyncio.Future[Any]:
     return asyncio.ensure_future(anext(events, None))

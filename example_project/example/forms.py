@@ -23,12 +23,9 @@ class OneLineField(forms.CharField):
     """Refuses line breaks, at the ends too, where Django would strip them."""
 
     def to_python(self, value: Any) -> Any:
-        if len(str(value or "").splitlines()) > 1 or str(value or "").endswith(
-            ("\r", "\n")
-        ):
+        if len(f"{value or ''}.".splitlines()) > 1:
             raise ValidationError(
-                "Line breaks (CR or LF) are not allowed here: they would begin "
-                "another header.",
+                "Line breaks (CR or LF) are not allowed here: a header is one line.",
                 code="line_break",
             )
         return super().to_python(value)
@@ -37,7 +34,7 @@ class OneLineField(forms.CharField):
 class AddressesField(OneLineField):
     """Addresses with commas between; cleaned, a list."""
 
-    def to_python(self, value: Any) -> list[str]:
+    def to_python(self, value: Any) -> Any:
         text = super().to_python(value)
         return [address.strip() for address in text.split(",") if address.strip()]
 
@@ -142,7 +139,7 @@ class RaceForm(_Accessible):
         min_value=10,
         max_value=500,
         initial=200,
-        help_text="10 to 500, for each of the two.",
+        help_text="10 to 500 for each.",
     )
     round_trip = forms.IntegerField(
         min_value=0,

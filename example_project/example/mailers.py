@@ -29,4 +29,6 @@ def backend(alias: str) -> Any:
 def through(alias: str) -> dict[str, Any]:
     """Return the argument that makes ``send_mail()`` and its kin take a mailer."""
     # One mailer of several is Django 6.1's; before, a connection says which.
-    return {"using": alias} if hasattr(mail, "mailers") else {"connection": backend(alias)}
+    return (
+        {"using": alias} if hasattr(mail, "mailers") else {"connection": backend(alias)}
+    )

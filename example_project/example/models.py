@@ -37,7 +37,9 @@ class SentMail(models.Model):
         return reverse("sent", args=[self.pk])
 
     @classmethod
-    def of(cls, message: EmailMessage, delivery: Delivery, alias: str | None) -> SentMail:
+    def of(
+        cls, message: EmailMessage, delivery: Delivery, alias: str | None
+    ) -> SentMail:
         """Return the row for a message, not saved yet."""
         error = delivery.error
         return cls(

@@ -113,8 +113,8 @@ async def _end(process: Process) -> None:
 
 
 async def _line(process: Process) -> str:
-    assert process.stdout is not None
-    line = await process.stdout.readline()
+    stdout: Any = process.stdout
+    line: bytes = await stdout.readline()
     if not line:
         raise RaceBroken
     return line.decode().strip()

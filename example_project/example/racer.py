@@ -17,8 +17,9 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from benchmarks.sender import OURS, configure, messages, new_backend
 from django.core.mail import EmailMessage
+
+from benchmarks.sender import OURS, configure, messages, new_backend
 
 
 class Progress:

@@ -55,9 +55,7 @@ TEMPLATES = [
 DATABASES = {
     "default": {
         "ENGINE": "django.db.backends.sqlite3",
-        "NAME": os.environ.get(
-            "DATABASE", Path(__file__).parents[1] / "db.sqlite3"
-        ),
+        "NAME": os.environ.get("DATABASE", Path(__file__).parents[1] / "db.sqlite3"),
         # Pages are read while a receiver of signals writes.
         "OPTIONS": {
             "transaction_mode": "IMMEDIATE",

@@ -12,8 +12,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "example_project"))
 os.environ["DJANGO_SETTINGS_MODULE"] = "example.settings"
 
 from django.core.mail import send_mail
+from django.db import connections
 from example.wsgi import application
 
 send_mail("From the master", "Body", None, ["to@example.com"])
+# Its record of that: SQLite's connections must not go through a fork.
+connections.close_all()
 
 __all__ = ["application"]

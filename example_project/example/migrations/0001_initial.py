@@ -4,34 +4,40 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     initial = True
 
-    dependencies = [
-    ]
+    dependencies = []
 
     operations = [
         migrations.CreateModel(
-            name='SentMail',
+            name="SentMail",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('created', models.DateTimeField(auto_now_add=True)),
-                ('mailer', models.CharField(max_length=100)),
-                ('subject', models.CharField(max_length=200)),
-                ('state', models.CharField(max_length=10)),
-                ('accepted', models.JSONField(default=list)),
-                ('refused', models.JSONField(default=dict)),
-                ('reply', models.TextField()),
-                ('server', models.CharField(max_length=300)),
-                ('attempts', models.PositiveIntegerField()),
-                ('seconds', models.FloatField()),
-                ('stages', models.JSONField(default=dict)),
-                ('error', models.TextField()),
-                ('hint', models.TextField()),
+                (
+                    "id",
+                    models.BigAutoField(
+                        auto_created=True,
+                        primary_key=True,
+                        serialize=False,
+                        verbose_name="ID",
+                    ),
+                ),
+                ("created", models.DateTimeField(auto_now_add=True)),
+                ("mailer", models.CharField(max_length=100)),
+                ("subject", models.CharField(max_length=200)),
+                ("state", models.CharField(max_length=10)),
+                ("accepted", models.JSONField(default=list)),
+                ("refused", models.JSONField(default=dict)),
+                ("reply", models.TextField()),
+                ("server", models.CharField(max_length=300)),
+                ("attempts", models.PositiveIntegerField()),
+                ("seconds", models.FloatField()),
+                ("stages", models.JSONField(default=dict)),
+                ("error", models.TextField()),
+                ("hint", models.TextField()),
             ],
             options={
-                'verbose_name_plural': 'sent mail',
-                'ordering': ('-id',),
+                "verbose_name_plural": "sent mail",
+                "ordering": ("-id",),
             },
         ),
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from email.message import EmailMessage
 from typing import Any, Final
 
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
@@ -124,7 +123,7 @@ def _row(received: Received) -> dict[str, Any]:
     }
 
 
-def _content(part: EmailMessage) -> str:
+def _content(part: Any) -> str:
     """Return a part's text; what its character set does not know is replaced."""
     return str(part.get_content(errors="replace"))
 

@@ -36,7 +36,10 @@ async def pool_events(request: HttpRequest) -> StreamingHttpResponse:
 async def _changes() -> AsyncGenerator[Event, None]:
     told: Any = None
     while True:
-        now = {"servers": pool_stats(), "errors": [_shown(e) for e in list(LAST_ERRORS)]}
+        now = {
+            "servers": pool_stats(),
+            "errors": [_shown(e) for e in list(LAST_ERRORS)],
+        }
         if now != told:
             yield "pool", now
             told = now
