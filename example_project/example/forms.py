@@ -75,8 +75,6 @@ class AttachmentField(forms.FileField):
 class _Accessible(forms.Form):
     """Its own layout, in which errors stand at their fields."""
 
-    use_required_attribute = True
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for name, field in self.fields.items():
@@ -86,6 +84,10 @@ class _Accessible(forms.Form):
                 field.widget.attrs["aria-invalid"] = "true"
             if notes:
                 field.widget.attrs["aria-describedby"] = " ".join(notes)
+
+
+def _mailers() -> list[tuple[str, str]]:
+    return [(alias, alias) for alias in aliases()]
 
 
 class ContactForm(_Accessible):
@@ -102,18 +104,15 @@ class ContactForm(_Accessible):
     text = forms.CharField(
         max_length=TEXT_LENGTH, widget=forms.Textarea(attrs={"rows": 5})
     )
-    attachment = AttachmentField(required=False)
+    attachment = AttachmentField(
+        required=False,
+        help_text=f"Up to {filesizeformat(settings.ATTACHMENT_LIMIT)}.",
+    )
     mailer = forms.ChoiceField(
         required=False,
+        choices=_mailers,
         help_text="The others fail, each in its own way.",
     )
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        choices = [(alias, alias) for alias in aliases()]
-        self.base_fields["mailer"].choices = choices  # type: ignore[attr-defined]
-        limit = filesizeformat(settings.ATTACHMENT_LIMIT)
-        self.base_fields["attachment"].help_text = f"Up to {limit}."
-        super().__init__(*args, **kwargs)
 
     def clean_mailer(self) -> str:
         """Return the first where none was chosen."""
