@@ -1,0 +1,411 @@
+"""The example's site over HTTP, without a browser."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import smtplib
+import ssl
+import subprocess
+import sys
+from email.message import EmailMessage
+from pathlib import Path
+
+import pytest
+
+from .site import ROOT, Page, Site
+
+PAGES = ("/", "/inbox/", "/settings/", "/race/", "/pool/")
+VIEWS = ("/contact/", "/contact-async/")
+FORM = {"to": "ada@example.org", "subject": "Hello", "text": "Body"}
+SECRETS = ("demo-password", "not-the-password")
+
+
+def arrived(site: Site) -> list[str]:
+    """Return the paths of the messages in the inbox, the newest first."""
+    return re.findall(r'href="(/inbox/\d+/)"', site.get("/inbox/").html)
+
+
+def send_by_smtp(site: Site, message: EmailMessage) -> None:
+    """Give a message to the embedded server, as another client would."""
+    delivery = site.post("/contact/", **FORM)
+    found = re.search(r"127\.0\.0\.1:(\d+)", delivery.text)
+    assert found
+    with smtplib.SMTP("127.0.0.1", int(found[1])) as client:
+        # The client's trust is not what is tested.
+        client.starttls(context=ssl._create_unverified_context())
+        client.login("demo", "demo-password")
+        client.send_message(message, "eve@example.com", ["ada@example.org"])
+
+
+def is_wrong(page: Page, field: str, why: str) -> bool:
+    """Whether a page says of a field, and at it, why its value is refused."""
+    (tag,) = re.findall(rf'<(?:input|textarea)[^>]* name="{field}"[^>]*>', page.html)
+    (said,) = re.findall(rf'<p class="wrong" id="{field}-error">(.*?)</p>', page.html)
+    described = re.search(r'aria-describedby="([^"]*)"', tag)
+    return (
+        'aria-invalid="true"' in tag
+        and described is not None
+        and f"{field}-error" in described[1].split()
+        and why in said
+    )
+
+
+@pytest.mark.parametrize("path", [*PAGES, "/admin/login/"])
+def test_every_page_allows_files_of_the_site_alone(site: Site, path: str) -> None:
+    page = site.get(path)
+    assert page.status == 200
+    policy = page.headers["Content-Security-Policy"]
+    assert "default-src 'self'" in policy
+    assert "unsafe" not in policy
+    assert page.headers["X-Content-Type-Options"] == "nosniff"
+    assert not re.search(r"<style|style=|<script(?![^>]*src=)|\son\w+=", page.html)
+    assert "https://" not in page.html
+
+
+def test_what_is_not_there_is_said_to_be_so(site: Site) -> None:
+    for path in ("/nothing/", "/sent/99999/", "/inbox/99999/", "/inbox/1/99/"):
+        page = site.get(path)
+        assert page.status == 404
+        assert "Not here" in page.text
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_message_arrives_and_its_delivery_is_shown(site: Site, view: str) -> None:
+    before = len(arrived(site))
+    page = site.post(view, **FORM | {"to": "ada@example.org, nobody@example.org"})
+    assert page.url.startswith("/sent/")
+    assert "accepted ada@example.org" in page.text
+    assert "nobody@example.org: 550 5.1.1" in page.text
+    assert "queued as" in page.text
+    assert re.search(r"body \d+\.\d ms", page.text)
+    newest, *older = arrived(site)
+    assert len(older) == before
+    assert "From hello@example.com to ada@example.org" in site.get(newest).text
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_an_attachment_arrives_as_a_file_to_save(site: Site, view: str) -> None:
+    content = bytes(range(256))
+    site.upload(view, "page.html", content, **FORM)
+    newest = arrived(site)[0]
+    assert "page.html" in site.get(newest).text
+    file = site.get(f"{newest}0/")
+    assert file.content == content
+    assert file.headers["Content-Type"] == "application/octet-stream"
+    assert file.headers["Content-Disposition"] == 'attachment; filename="page.html"'
+    assert file.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_a_mail_as_an_attachment_stays_a_file(site: Site) -> None:
+    site.upload("/contact/", "mail.eml", b"Subject: \xff\r\n\r\nno", **FORM)
+    assert site.get(f"{arrived(site)[0]}0/").content == b"Subject: \xff\r\n\r\nno"
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("subject", "Hello\r\nBcc: eve@example.org"),
+        ("subject", "Hello\n"),
+        ("subject", "\rHello"),
+        ("to", "ada@example.org\r\nBcc: eve@example.org"),
+        ("to", "ada@example.org\n"),
+    ],
+)
+def test_a_line_break_in_a_header_is_refused(
+    site: Site, view: str, field: str, value: str
+) -> None:
+    before = arrived(site)
+    page = site.post(view, **FORM | {field: value})
+    assert is_wrong(page, field, "Line breaks (CR or LF) are not allowed")
+    assert arrived(site) == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("to", "", "required"),
+        ("to", "ada@", "“ada@” is not an email address"),
+        ("to", "a@example.org," * 11, "At most 10 addresses"),
+        ("subject", "", "required"),
+        ("subject", "x" * 201, "at most 200 characters"),
+        ("text", "x" * 10_001, "at most 10000 characters"),
+        ("text", "\0", "Null characters are not allowed"),
+    ],
+)
+def test_wrong_input_is_said_at_its_field(
+    site: Site, field: str, value: str, why: str
+) -> None:
+    page = site.post("/contact/", **FORM | {"subject": "Kept", field: value})
+    assert is_wrong(page, field, why)
+    if field != "subject":
+        assert 'value="Kept"' in page.html
+
+
+def test_an_attachment_above_the_limit_is_refused(site: Site) -> None:
+    page = site.upload("/contact/", "big.bin", bytes(2**20 + 1), **FORM)
+    assert is_wrong(page, "attachment", "the limit is 1.0\xa0MB")
+    page = site.upload("/contact/", "fits.bin", bytes(2**20), **FORM)
+    assert page.url.startswith("/sent/")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_a_huge_upload_does_not_fill_the_memory(site: Site) -> None:
+    site.upload("/contact/", "big.bin", bytes(2**21), **FORM)
+    before = peak_memory(site)
+    page = site.upload("/contact-async/", "huge.bin", bytes(60 * 2**20), **FORM)
+    assert is_wrong(page, "attachment", "This file has 60.0\xa0MB")
+    assert peak_memory(site) - before < 30 * 1000
+
+
+def peak_memory(site: Site) -> int:
+    """Return the most kB that the site's process has held."""
+    status = Path(f"/proc/{site.process.pid}/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found
+    return int(found[1])
+
+
+def test_a_post_from_elsewhere_is_refused(site: Site) -> None:
+    for path in (*VIEWS, "/race/run/", "/pool/send/"):
+        assert site.post(path, token="b" * 32, **FORM).status == 403
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(
+    ("mailer", "error", "hint"),
+    [
+        ("wrong-port", "Connection refused", ""),
+        ("wrong-password", "AUTH refused", "The server refused"),
+        ("expired-certificate", "certificate has expired", "must get a new one"),
+        ("refused-sender", "MAIL FROM refused", "Set DEFAULT_FROM_EMAIL"),
+    ],
+)
+def test_a_failure_is_shown_with_its_hint_and_the_form(
+    site: Site, view: str, mailer: str, error: str, hint: str
+) -> None:
+    page = site.post(view, **FORM | {"subject": "Typed in", "mailer": mailer})
+    assert "The message was not sent" in page.text
+    assert error in page.text
+    assert "What to do:" in page.text
+    assert hint in page.text
+    assert 'value="Typed in"' in page.html
+    assert f'<option value="{mailer}" selected>' in page.html
+    assert not any(secret in page.html for secret in SECRETS)
+
+
+def test_markup_is_shown_as_it_is(site: Site) -> None:
+    markup = "<script>alert('hi')</script><b>&amp;"
+    page = site.post("/contact/", **FORM | {"subject": markup, "text": markup})
+    newest = arrived(site)[0]
+    pages = [page, site.get("/inbox/"), site.get(newest)]
+    pages.append(site.post("/contact/", **FORM | {"to": markup, "subject": markup}))
+    for one in pages:
+        assert "<script>alert" not in one.html
+        assert "&lt;script&gt;alert" in one.html
+
+
+def test_html_is_shown_in_a_sandbox(site: Site) -> None:
+    message = EmailMessage()
+    message["Subject"] = "Looks"
+    message.set_content("Plain.")
+    message.add_alternative("<b style='color:red'>Bold</b><script></script>", "html")
+    send_by_smtp(site, message)
+    newest = arrived(site)[0]
+    page = site.get(newest)
+    assert re.search(r'<iframe [^>]*sandbox(?!=)[^>]*src="/inbox/\d+/html/"', page.html)
+    assert "Plain." in page.text
+    frame = site.get(f"{newest}html/")
+    assert "<b style" in frame.html
+    policy = frame.headers["Content-Security-Policy"].split("; ")
+    assert {"sandbox", "default-src 'none'", "frame-ancestors 'self'"} <= set(policy)
+    assert frame.headers["X-Frame-Options"] == "SAMEORIGIN"
+
+
+def test_the_embedded_server_takes_no_huge_message(site: Site) -> None:
+    message = EmailMessage()
+    message.set_content("x" * 72 + "\n" * 1)
+    message.add_attachment(bytes(5 * 2**20), maintype="a", subtype="b")
+    with pytest.raises(smtplib.SMTPException) as caught:
+        send_by_smtp(site, message)
+    assert "552" in str(caught.value)
+
+
+def test_a_message_with_an_unknown_character_set_can_be_read(site: Site) -> None:
+    message = EmailMessage()
+    message.set_content("Body")
+    message.replace_header("Content-Type", 'text/plain; charset="martian"')
+    send_by_smtp(site, message)
+    page = site.get(arrived(site)[0])
+    assert page.status == 200
+    assert "Body" in page.text
+
+
+def test_the_inbox_tells_what_arrives(site: Site) -> None:
+    site.post("/contact/", **FORM)
+    newest = int(arrived(site)[0].split("/")[2])
+    with site.stream(f"/inbox/events/?after={newest}") as stream:
+        assert stream.kind.startswith("text/event-stream")
+        site.post("/contact/", **FORM | {"subject": "<Live>"})
+        (event,) = stream.until("mail")
+    assert event[1]["subject"] == "<Live>"
+    assert event[1]["url"] == f"/inbox/{newest + 1}/"
+
+
+def test_the_settings_page_tells_of_every_mailer(site: Site) -> None:
+    with site.stream("/settings/events/") as stream:
+        events = stream.until("end")
+    reports = [data for name, data in events if name == "stage"]
+    failed = {r["mailer"]: r for r in reports if r["state"] == "failed"}
+    assert {mailer: r["stage"] for mailer, r in failed.items()} == {
+        "wrong-port": "connect",
+        "wrong-password": "auth",
+        "expired-certificate": "tls",
+        "refused-sender": "sender",
+    }
+    assert all(r["findings"][0]["hint"] for r in failed.values())
+    good = [r for r in reports if r["mailer"] == "default"]
+    assert {r["state"] for r in good} == {"ok"}
+    assert [r["stage"] for r in good][0] == "settings"
+    assert all(r["milliseconds"] >= 0 for r in good)
+    assert not any(secret in str(events) for secret in SECRETS)
+
+
+def test_the_pool_page_tells_what_changes(site: Site) -> None:
+    site.post("/contact/", **FORM | {"mailer": "wrong-password"})
+    with site.stream("/pool/events/") as stream:
+        first = stream.until("pool")[-1][1]
+        assert site.post("/pool/send/").status == 204
+        later = [data for _, data in stream.until("pool")]
+    assert first["errors"][0]["text"].startswith("AUTH refused")
+    assert len(first["errors"]) <= 5
+    assert later[0] != first
+    with site.stream("/pool/events/") as stream:
+        servers = stream.until("pool")[-1][1]["servers"]
+    assert any(stats["messages"] >= 20 for stats in servers.values())
+
+
+@pytest.mark.parametrize(
+    ("form", "field"),
+    [
+        ({"messages": 9, "round_trip": 20}, "messages"),
+        ({"messages": 501, "round_trip": 20}, "messages"),
+        ({"messages": "many", "round_trip": 20}, "messages"),
+        ({"messages": 10, "round_trip": 101}, "round_trip"),
+        ({"messages": 10, "round_trip": -1}, "round_trip"),
+    ],
+)
+def test_a_race_has_its_bounds(site: Site, form: dict[str, object], field: str) -> None:
+    page = site.post("/race/run/", **form)
+    assert page.status == 400
+    assert list(__import__("json").loads(page.html)["errors"]) == [field]
+
+
+def test_one_race_at_a_time_and_none_without_a_client(site: Site) -> None:
+    long = {"messages": 500, "round_trip": 100}
+    with site.stream("/race/run/", long) as stream:
+        stream.until("progress")
+        racers = processes_of(site)
+        with site.stream("/race/run/", long) as second:
+            assert second.until("refused")[-1][1]["why"] == "Another race is running."
+    # Its processes end before the next race may begin.
+    while True:
+        with site.stream("/race/run/", {"messages": 10, "round_trip": 0}) as stream:
+            if next(iter(stream))[0] == "start":
+                stream.until("end")
+                break
+    assert len(racers) in (0, 4)
+    assert not set(racers) & set(processes_of(site))
+
+
+def processes_of(site: Site) -> list[str]:
+    """Return the site's child processes; none where the system does not tell."""
+    children = Path(f"/proc/{site.process.pid}/task").glob("*/children")
+    return [pid for path in children for pid in path.read_text().split()]
+
+
+def test_sent_mail_is_in_the_admin_to_be_read(site: Site) -> None:
+    site.post("/contact/", **FORM | {"subject": "For the record"})
+    password = site.second_line.split()[-1]
+    script = f"""
+import http.cookiejar, urllib.request, urllib.parse
+jar = http.cookiejar.CookieJar()
+opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(jar))
+opener.open("{site.address}/admin/login/").read()
+token = next(cookie.value for cookie in jar if cookie.name == "csrftoken")
+form = {{"username": "admin", "password": {password!r}, "csrfmiddlewaretoken": token}}
+data = urllib.parse.urlencode(form).encode()
+opener.open("{site.address}/admin/login/", data).read()
+print(opener.open("{site.address}/admin/example/sentmail/").read().decode())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert "For the record" in done.stdout
+    assert "addlink" not in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_ends_cleanly_while_a_stream_is_open(number: int) -> None:
+    site = Site()
+    with site, site.stream("/pool/events/") as pool, site.stream("/inbox/events/"):
+        assert f"{site.address}/" in site.first_line
+        pool.until("pool")
+        assert site.end(number) == 0
+        assert site.errors == ""
+
+
+def test_a_port_that_is_taken_is_said_to_be(site: Site) -> None:
+    done = subprocess.run(
+        [sys.executable, "example_project/serve.py", str(site.port)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "address already in use" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_the_examples_own_tests_pass() -> None:
+    done = subprocess.run(
+        [sys.executable, "manage.py", "test"],
+        cwd=ROOT / "example_project",
+        env={
+            **{name: os.environ[name] for name in os.environ if "DJANGO" not in name},
+            "PYTHONPATH": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Ran 5 tests" in done.stderr
+
+
+def test_no_migration_is_missing() -> None:
+    done = subprocess.run(
+        [sys.executable, "manage.py", "makemigrations", "--check", "--dry-run"],
+        cwd=ROOT / "example_project",
+        env={
+            **{name: os.environ[name] for name in os.environ if "DJANGO" not in name},
+            "PYTHONPATH": str(ROOT),
+            "DATABASE": ":memory:",
+        },
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
