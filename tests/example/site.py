@@ -21,6 +21,7 @@ from tests.servers import free_port
 ROOT = Path(__file__).parents[2]
 # What a browser is given with a form, and gives back.
 CSRF_TOKEN = "a" * 32
+FORM_TYPE = "application/x-www-form-urlencoded"
 BOUNDARY = "----boundary"
 
 
@@ -59,6 +60,7 @@ class Site:
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.errors = ""
+        self._session = ""
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
@@ -93,12 +95,23 @@ class Site:
         self.errors += errors or ""
         return self.process.returncode
 
+    def log_in(self) -> None:
+        """Be the admin from now on."""
+        password = self.second_line.split()[-1]
+        form = {"username": "admin", "password": password, "next": "/admin/"}
+        with closing(self._connection()) as connection:
+            body = _form(form)
+            answer = _send(connection, "POST", "/admin/login/", body, FORM_TYPE, {})
+            cookies = answer.headers.get_all("Set-Cookie", [])
+        (cookie,) = (one for one in cookies if one.startswith("sessionid="))
+        self._session = cookie.partition(";")[0]
+
     def get(self, path: str, **headers: str) -> Page:
-        return self._ask("GET", path, headers=headers)
+        cookies = f"csrftoken={CSRF_TOKEN}; {self._session}"
+        return self._ask("GET", path, headers={"Cookie": cookies, **headers})
 
     def post(self, path: str, token: str = CSRF_TOKEN, **form: Any) -> Page:
-        body = urlencode({"csrfmiddlewaretoken": token, **form}).encode()
-        return self._ask("POST", path, body, "application/x-www-form-urlencoded")
+        return self._ask("POST", path, _form(form, token), FORM_TYPE)
 
     def upload(self, path: str, name: str, content: bytes, **form: str) -> Page:
         """Post a form with an attachment."""
@@ -141,16 +154,19 @@ class Site:
         self, path: str, form: dict[str, Any] | None = None, **headers: str
     ) -> Iterator[Stream]:
         """Read server-sent events; the client goes away at the end of the block."""
-        body = None
-        if form is not None:
-            body = urlencode({"csrfmiddlewaretoken": CSRF_TOKEN, **form}).encode()
-        kind = "application/x-www-form-urlencoded"
+        body = None if form is None else _form(form)
         method = "GET" if body is None else "POST"
         with (
             closing(self._connection()) as connection,
-            closing(_send(connection, method, path, body, kind, headers)) as response,
+            closing(
+                _send(connection, method, path, body, FORM_TYPE, headers)
+            ) as response,
         ):
             yield Stream(response)
+
+
+def _form(form: dict[str, Any], token: str = CSRF_TOKEN) -> bytes:
+    return urlencode({"csrfmiddlewaretoken": token, **form}).encode()
 
 
 def _send(

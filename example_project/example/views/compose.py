@@ -29,7 +29,7 @@ def contact(request: HttpRequest) -> HttpResponse:
     with recorded() as rows:
         try:
             if mail["attachment"]:
-                form.email().send(**using)
+                backend(mail["mailer"]).send_messages([form.email()])
             else:
                 send_mail(mail["subject"], mail["text"], None, mail["to"], **using)
         except SMTPError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from email.message import EmailMessage
 from typing import Any, Final
 
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
@@ -70,7 +71,7 @@ def message(request: HttpRequest, number: int) -> HttpResponse:
         "has_html": html is not None,
         "attachments": [
             {"name": _name(part, index), "size": len(_payload(part)), "index": index}
-            for index, part in enumerate(mail.iter_attachments())
+            for index, part in enumerate(_attachments(mail))
         ],
     }
     return render(request, "example/message.html", context)
@@ -91,7 +92,7 @@ def message_html(request: HttpRequest, number: int) -> HttpResponse:
 @require_GET
 def attachment(request: HttpRequest, number: int, index: int) -> HttpResponseBase:
     """Return an attachment, only to be saved."""
-    parts = list(_received(number).parsed().iter_attachments())
+    parts = _attachments(_received(number).parsed())
     if index >= len(parts):
         raise Http404
     # Never its own type: a browser must not open what somebody sent.
@@ -125,7 +126,16 @@ def _row(received: Received) -> dict[str, Any]:
 
 def _content(part: Any) -> str:
     """Return a part's text; what its character set does not know is replaced."""
-    return str(part.get_content(errors="replace"))
+    try:
+        return str(part.get_content(errors="replace"))
+    except LookupError:
+        # A character set that nobody knows.
+        return bytes(part.get_payload(decode=True)).decode(errors="replace")
+
+
+def _attachments(mail: EmailMessage) -> list[Any]:
+    # A message may only claim to have parts.
+    return list(mail.iter_attachments()) if mail.is_multipart() else []
 
 
 def _payload(part: Any) -> bytes:

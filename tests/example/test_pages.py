@@ -1,0 +1,321 @@
+"""The example's pages in a real browser, as a person uses them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.servers import wait_until
+
+from . import browser as chromium
+from .site import ROOT, Site
+
+pytestmark = pytest.mark.browser
+
+SYNC, ASYNC = "Send with send_mail()", "await asend_mail()"
+PICTURES = Path(os.environ.get("SCREENSHOTS", ROOT / "build" / "screenshots"))
+
+
+def one(browser: Any, selector: str) -> Any:
+    """Return an element, by CSS."""
+    return browser.find_element("css selector", selector)
+
+
+def text(browser: Any, selector: str = "main") -> str:
+    return str(one(browser, selector).text)
+
+
+def wait_for(browser: Any, said: str, selector: str = "main") -> None:
+    """Wait until something stands on the page, or on the one that is loading."""
+    from selenium.common import NoSuchElementException, StaleElementReferenceException
+
+    def is_said() -> bool:
+        try:
+            return said in text(browser, selector)
+        except (NoSuchElementException, StaleElementReferenceException):
+            return False
+
+    wait_until(is_said, 20)
+
+
+def fill_in(browser: Any, site: Site, **values: str) -> None:
+    """Go to the form, and type something into its fields."""
+    browser.get(f"{site.address}/")
+    fields = {"subject": "Hello", "text": "Shall we meet at noon?", **values}
+    for name, value in fields.items():
+        field = one(browser, f"[name={name}]")
+        if name not in ("mailer", "attachment"):
+            field.clear()
+        field.send_keys(value)
+
+
+def press(browser: Any, label: str) -> None:
+    """Press the button that has a label."""
+    buttons = browser.find_elements("css selector", "button")
+    (button,) = (button for button in buttons if button.text == label)
+    button.click()
+
+
+@pytest.mark.parametrize("button", [SYNC, ASYNC])
+def test_what_either_view_sends_appears_in_the_inbox(
+    browser: Any, site: Site, button: str
+) -> None:
+    browser.get(f"{site.address}/inbox/")
+    wait_for(browser, "live", "[data-live]")
+    inbox = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    subject = f"<i>Sent with {button}"
+    fill_in(browser, site, subject=subject)
+    press(browser, button)
+    wait_for(browser, "queued as")
+    assert "/sent/" in browser.current_url
+    assert text(browser, "h1") == subject
+    rows = browser.find_elements("css selector", ".timeline .span-row")
+    assert [row.text.split()[0] for row in rows][-1] == "body"
+    browser.close()
+    browser.switch_to.window(inbox)
+    wait_for(browser, subject, ".mails li:first-child")
+    one(browser, ".mails a").click()
+    wait_for(browser, "Shall we meet at noon?")
+
+
+def test_the_source_beside_the_form_is_that_of_the_views(
+    browser: Any, site: Site
+) -> None:
+    browser.get(f"{site.address}/")
+    source = (ROOT / "example_project/example/views/compose.py").read_text()
+    for shown in browser.find_elements("css selector", "figure pre"):
+        assert shown.text in source
+        assert "send_mail(" in shown.text
+
+
+def test_the_form_can_be_used_from_the_keyboard(browser: Any, site: Site) -> None:
+    from selenium.webdriver import ActionChains, Keys
+
+    def typed(*keys: str) -> None:
+        ActionChains(browser).send_keys(*keys).perform()
+
+    def label() -> str:
+        return str(browser.switch_to.active_element.text)
+
+    browser.get(f"{site.address}/")
+    typed(Keys.TAB)
+    assert label() == "Skip to the content"
+    typed(Keys.ENTER, Keys.TAB)
+    # The first field of what was skipped to.
+    assert browser.switch_to.active_element.get_attribute("name") == "to"
+    typed(Keys.TAB, "By hand", Keys.TAB, "Text", Keys.TAB, Keys.TAB, Keys.TAB)
+    assert label() == SYNC
+    outline = browser.switch_to.active_element.value_of_css_property("outline-style")
+    assert outline == "solid"
+    typed(Keys.TAB)
+    assert label() == ASYNC
+    typed(Keys.SPACE)
+    wait_for(browser, "queued as")
+    assert text(browser, "h1") == "By hand"
+
+
+def test_every_field_has_a_label(browser: Any, site: Site) -> None:
+    for path in ("/", "/race/"):
+        browser.get(f"{site.address}{path}")
+        for field in browser.find_elements("css selector", "main :is(input,textarea)"):
+            if field.get_attribute("type") != "hidden":
+                assert field.accessible_name, field.get_attribute("outerHTML")
+
+
+def test_wrong_input_is_said_at_the_field(browser: Any, site: Site) -> None:
+    fill_in(browser, site, to="ada@", subject="Kept")
+    press(browser, SYNC)
+    wait_for(browser, "Nothing was sent yet")
+    field = one(browser, "[name=to]")
+    assert field.get_attribute("aria-invalid") == "true"
+    error = field.get_attribute("aria-describedby").split()[0]
+    assert "is not an email address" in text(browser, f"#{error}")
+    assert one(browser, "[name=subject]").get_attribute("value") == "Kept"
+
+
+def test_a_file_above_the_limit_is_refused_at_once(
+    browser: Any, site: Site, tmp_path: Path
+) -> None:
+    large = tmp_path / "large.bin"
+    large.write_bytes(bytes(2**20 + 1))
+    fill_in(browser, site, attachment=str(large))
+    wait_for(browser, "too large; the limit is 1 MB", "#attachment-error")
+    press(browser, SYNC)
+    assert browser.current_url == f"{site.address}/"
+
+
+def test_a_failure_is_shown_with_its_hint(browser: Any, site: Site) -> None:
+    fill_in(browser, site, mailer="wrong-password")
+    press(browser, ASYNC)
+    wait_for(browser, "The message was not sent")
+    assert "What to do: The server refused" in text(browser, "[role=alert]")
+    chosen = one(browser, "[name=mailer]").get_attribute("value")
+    assert chosen == "wrong-password"
+
+
+def test_the_settings_page_shows_the_hint_for_a_wrong_password(
+    browser: Any, site: Site
+) -> None:
+    browser.get(f"{site.address}/settings/")
+    wait_for(browser, "5 checked, 4 with a failure.", "[data-said]")
+    card = text(browser, "[data-mailer=wrong-password]")
+    assert "fails" in card
+    assert "AUTH refused" in card
+    assert "The server refused" in card
+    assert "works" in text(browser, "[data-mailer=default]")
+    bars = browser.find_elements("css selector", "[data-mailer=default] [data-bar]")
+    assert len(bars) == 8
+    assert all(float(bar.get_attribute("width")) > 0 for bar in bars)
+    one(browser, "[data-again]").click()
+    wait_for(browser, "5 checked, 4 with a failure.", "[data-said]")
+    bars = browser.find_elements("css selector", "[data-mailer=default] [data-bar]")
+    assert len(bars) == 8
+
+
+def start_race(browser: Any, site: Site, messages: int, round_trip: int) -> None:
+    browser.get(f"{site.address}/race/")
+    field = one(browser, "[name=messages]")
+    field.clear()
+    field.send_keys(str(messages))
+    # A slider is moved by a pointer or arrow keys.
+    browser.execute_script(
+        "arguments[0].value = arguments[1];"
+        "arguments[0].dispatchEvent(new Event('input'))",
+        one(browser, "[name=round_trip]"),
+        round_trip,
+    )
+    assert text(browser, "output") == f"{round_trip} ms"
+    press(browser, "Start")
+
+
+def test_ours_wins_the_race_at_20_ms(browser: Any, site: Site) -> None:
+    start_race(browser, site, messages=40, round_trip=20)
+    wait_for(browser, "times as fast.", "[data-said]")
+    assert text(browser, "[data-said]").startswith("django-async-smtp is")
+    for lane in ("ours", "django"):
+        progress = one(browser, f"[data-lane={lane}]")
+        assert progress.get_property("value") == progress.get_property("max") == 40
+        line = one(browser, f"[data-line={lane}]").get_attribute("points")
+        assert len(line.split()) > 1
+    assert one(browser, "[data-start]").is_enabled()
+
+
+def test_a_race_can_be_stopped_and_run_again(browser: Any, site: Site) -> None:
+    start_race(browser, site, messages=500, round_trip=100)
+    wait_for(browser, "They run.", "[data-said]")
+    press(browser, "Stop")
+    wait_for(browser, "Stopped.", "[data-said]")
+    start_race(browser, site, messages=10, round_trip=0)
+
+    def has_ended() -> bool:
+        # The processes of the other one may take a moment to end.
+        if "Another race" in text(browser, "[data-said]"):
+            press(browser, "Start")
+        return "times as fast." in text(browser, "[data-said]")
+
+    wait_until(has_ended, 20)
+
+
+def test_a_race_says_what_is_wrong_at_the_field(site: Site, chrome: Any) -> None:
+    start_race(chrome, site, messages=5, round_trip=20)
+    wait_for(chrome, "greater than or equal to 10", "#messages-error")
+    field = one(chrome, "[name=messages]")
+    assert field.get_attribute("aria-invalid") == "true"
+    # The browser notes the answer's status, 400.
+    (noted,) = chrome.get_log("browser")
+    assert "400" in noted["message"]
+
+
+def test_the_pool_page_is_live(browser: Any, site: Site) -> None:
+    browser.get(f"{site.address}/pool/")
+    wait_for(browser, "live", "[data-live]")
+    press(browser, "Send 20 at once")
+    # The default of max_connections, and who waits for one.
+    wait_until(lambda: gauges(browser).get("in_use") == 5)
+    wait_until(lambda: gauges(browser).get("waiting", 0) > 0)
+    wait_until(lambda: gauges(browser).get("idle") == 5)
+
+
+def gauges(browser: Any) -> dict[str, int]:
+    """Return the figures of the server that is in most use."""
+    cards: list[dict[str, int]] = browser.execute_script(
+        "return [...document.querySelectorAll('[data-servers] section')].map((card) =>"
+        " Object.fromEntries([...card.querySelectorAll('.gauges [data-figure]')].map("
+        "  (e) => [e.dataset.figure, Number(e.textContent)])))"
+    )
+    return max(cards, key=lambda card: sum(card.values()), default={})
+
+
+Show = Callable[[Any, Site], None]
+
+
+def show_form(browser: Any, site: Site) -> None:
+    fill_in(browser, site, subject="Lunch on Friday?")
+
+
+def show_delivery(browser: Any, site: Site) -> None:
+    to = "ada@example.org, nobody@example.org"
+    fill_in(browser, site, subject="Lunch on Friday?", to=to)
+    press(browser, ASYNC)
+    wait_for(browser, "queued as")
+
+
+def show_failure(browser: Any, site: Site) -> None:
+    fill_in(browser, site, mailer="expired-certificate")
+    press(browser, SYNC)
+    wait_for(browser, "The message was not sent")
+
+
+def show_inbox(browser: Any, site: Site) -> None:
+    browser.get(f"{site.address}/inbox/")
+    wait_for(browser, "live", "[data-live]")
+
+
+def show_message(browser: Any, site: Site) -> None:
+    show_delivery(browser, site)
+    show_inbox(browser, site)
+    one(browser, ".mails a").click()
+    wait_for(browser, "Message-ID")
+
+
+def show_settings(browser: Any, site: Site) -> None:
+    browser.get(f"{site.address}/settings/")
+    wait_for(browser, "5 checked", "[data-said]")
+
+
+def show_race(browser: Any, site: Site) -> None:
+    start_race(browser, site, messages=60, round_trip=20)
+    wait_for(browser, "times as fast.", "[data-said]")
+
+
+def show_pool(browser: Any, site: Site) -> None:
+    test_the_pool_page_is_live(browser, site)
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        show_form,
+        show_delivery,
+        show_failure,
+        show_inbox,
+        show_message,
+        show_settings,
+        show_race,
+        show_pool,
+    ],
+)
+def test_the_pages_fit(browser: Any, site: Site, show: Show) -> None:
+    show(browser, site)
+    for width in chromium.WIDTHS:
+        chromium.resize(browser, width)
+        inner = browser.execute_script("return document.documentElement.scrollWidth")
+        assert inner == width
+        name = f"{show.__name__.removeprefix('show_')}-{width}.png"
+        chromium.screenshot(browser, PICTURES / name)
+        assert (PICTURES / name).stat().st_size > 5000
