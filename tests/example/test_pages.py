@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from .site import ROOT, Site
 pytestmark = pytest.mark.browser
 
 SYNC, ASYNC = "Send with send_mail()", "await asend_mail()"
+WIDTH = "return document.documentElement.scrollWidth"
 PICTURES = Path(os.environ.get("SCREENSHOTS", ROOT / "build" / "screenshots"))
 
 
@@ -53,6 +53,17 @@ def fill_in(browser: Any, site: Site, **values: str) -> None:
         field.send_keys(value)
 
 
+def fits(browser: Any, name: str) -> None:
+    """Check that the page has room at both widths, and write pictures of it."""
+    for width in chromium.WIDTHS:
+        chromium.resize(browser, width)
+        assert browser.execute_script(WIDTH) == width
+        picture = PICTURES / f"{name}-{width}.png"
+        chromium.screenshot(browser, picture)
+        assert picture.stat().st_size > 5000
+    chromium.resize(browser, chromium.WIDTHS[0])
+
+
 def press(browser: Any, label: str) -> None:
     """Press the button that has a label."""
     buttons = browser.find_elements("css selector", "button")
@@ -68,10 +79,12 @@ def test_what_either_view_sends_appears_in_the_inbox(
     wait_for(browser, "live", "[data-live]")
     inbox = browser.current_window_handle
     browser.switch_to.new_window("tab")
-    subject = f"<i>Sent with {button}"
-    fill_in(browser, site, subject=subject)
+    subject = f"Lunch on <i>Friday</i>? ({button})"
+    fill_in(browser, site, subject=subject, to="ada@example.org, nobody@example.org")
+    fits(browser, "compose")
     press(browser, button)
     wait_for(browser, "queued as")
+    fits(browser, "sent")
     assert "/sent/" in browser.current_url
     assert text(browser, "h1") == subject
     rows = browser.find_elements("css selector", ".timeline .span-row")
@@ -79,8 +92,10 @@ def test_what_either_view_sends_appears_in_the_inbox(
     browser.close()
     browser.switch_to.window(inbox)
     wait_for(browser, subject, ".mails li:first-child")
+    fits(browser, "inbox")
     one(browser, ".mails a").click()
     wait_for(browser, "Shall we meet at noon?")
+    fits(browser, "message")
 
 
 def test_the_source_beside_the_form_is_that_of_the_views(
@@ -136,6 +151,7 @@ def test_wrong_input_is_said_at_the_field(browser: Any, site: Site) -> None:
     error = field.get_attribute("aria-describedby").split()[0]
     assert "is not an email address" in text(browser, f"#{error}")
     assert one(browser, "[name=subject]").get_attribute("value") == "Kept"
+    fits(browser, "wrong-input")
 
 
 def test_a_file_above_the_limit_is_refused_at_once(
@@ -156,6 +172,7 @@ def test_a_failure_is_shown_with_its_hint(browser: Any, site: Site) -> None:
     assert "What to do: The server refused" in text(browser, "[role=alert]")
     chosen = one(browser, "[name=mailer]").get_attribute("value")
     assert chosen == "wrong-password"
+    fits(browser, "failure")
 
 
 def test_the_settings_page_shows_the_hint_for_a_wrong_password(
@@ -171,6 +188,7 @@ def test_the_settings_page_shows_the_hint_for_a_wrong_password(
     bars = browser.find_elements("css selector", "[data-mailer=default] [data-bar]")
     assert len(bars) == 8
     assert all(float(bar.get_attribute("width")) > 0 for bar in bars)
+    fits(browser, "settings")
     one(browser, "[data-again]").click()
     wait_for(browser, "5 checked, 4 with a failure.", "[data-said]")
     bars = browser.find_elements("css selector", "[data-mailer=default] [data-bar]")
@@ -203,6 +221,7 @@ def test_ours_wins_the_race_at_20_ms(browser: Any, site: Site) -> None:
         line = one(browser, f"[data-line={lane}]").get_attribute("points")
         assert len(line.split()) > 1
     assert one(browser, "[data-start]").is_enabled()
+    fits(browser, "race")
 
 
 def test_a_race_can_be_stopped_and_run_again(browser: Any, site: Site) -> None:
@@ -238,6 +257,7 @@ def test_the_pool_page_is_live(browser: Any, site: Site) -> None:
     # The default of max_connections, and who waits for one.
     wait_until(lambda: gauges(browser).get("in_use") == 5)
     wait_until(lambda: gauges(browser).get("waiting", 0) > 0)
+    fits(browser, "pool")
     wait_until(lambda: gauges(browser).get("idle") == 5)
 
 
@@ -249,73 +269,3 @@ def gauges(browser: Any) -> dict[str, int]:
         "  (e) => [e.dataset.figure, Number(e.textContent)])))"
     )
     return max(cards, key=lambda card: sum(card.values()), default={})
-
-
-Show = Callable[[Any, Site], None]
-
-
-def show_form(browser: Any, site: Site) -> None:
-    fill_in(browser, site, subject="Lunch on Friday?")
-
-
-def show_delivery(browser: Any, site: Site) -> None:
-    to = "ada@example.org, nobody@example.org"
-    fill_in(browser, site, subject="Lunch on Friday?", to=to)
-    press(browser, ASYNC)
-    wait_for(browser, "queued as")
-
-
-def show_failure(browser: Any, site: Site) -> None:
-    fill_in(browser, site, mailer="expired-certificate")
-    press(browser, SYNC)
-    wait_for(browser, "The message was not sent")
-
-
-def show_inbox(browser: Any, site: Site) -> None:
-    browser.get(f"{site.address}/inbox/")
-    wait_for(browser, "live", "[data-live]")
-
-
-def show_message(browser: Any, site: Site) -> None:
-    show_delivery(browser, site)
-    show_inbox(browser, site)
-    one(browser, ".mails a").click()
-    wait_for(browser, "Message-ID")
-
-
-def show_settings(browser: Any, site: Site) -> None:
-    browser.get(f"{site.address}/settings/")
-    wait_for(browser, "5 checked", "[data-said]")
-
-
-def show_race(browser: Any, site: Site) -> None:
-    start_race(browser, site, messages=60, round_trip=20)
-    wait_for(browser, "times as fast.", "[data-said]")
-
-
-def show_pool(browser: Any, site: Site) -> None:
-    test_the_pool_page_is_live(browser, site)
-
-
-@pytest.mark.parametrize(
-    "show",
-    [
-        show_form,
-        show_delivery,
-        show_failure,
-        show_inbox,
-        show_message,
-        show_settings,
-        show_race,
-        show_pool,
-    ],
-)
-def test_the_pages_fit(browser: Any, site: Site, show: Show) -> None:
-    show(browser, site)
-    for width in chromium.WIDTHS:
-        chromium.resize(browser, width)
-        inner = browser.execute_script("return document.documentElement.scrollWidth")
-        assert inner == width
-        name = f"{show.__name__.removeprefix('show_')}-{width}.png"
-        chromium.screenshot(browser, PICTURES / name)
-        assert (PICTURES / name).stat().st_size > 5000
