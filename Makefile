@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 
 PORT ?= 8000
 
-.PHONY: demo serve test soak bench profile picture lint format clean
+.PHONY: demo serve test soak bench profile picture screenshots lint format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python example_project/demo.py
@@ -34,6 +34,10 @@ profile: $(VENV)/.ready
 # The runs of smtpcheck that the README shows.
 picture: $(VENV)/.ready
 	$(BIN)/python -m docs.smtpcheck_picture
+
+# The pages of the example that the README shows, in Chromium.
+screenshots: $(VENV)/.ready
+	$(BIN)/python -m docs.screenshots
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

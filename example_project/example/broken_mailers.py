@@ -19,8 +19,8 @@ def broken_mailers(**working: Any) -> dict[str, dict[str, Any]]:
         return {}
     options = {**working, "use_tls": True, "timeout": 5}
     return {
-        "wrong-port": {**options, "port": UNUSED_PORT},
         "wrong-password": {**options, "password": "not-the-password"},
+        "wrong-port": {**options, "port": UNUSED_PORT},
         "expired-certificate": {**options, "port": int(os.environ["EXPIRED_PORT"])},
         "refused-sender": {**options, "username": os.environ["NEWSLETTER_USER"]},
     }

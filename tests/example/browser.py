@@ -23,6 +23,10 @@ ARGUMENTS = (
 # Wide and narrow, in pixels.
 WIDTHS = (1280, 390)
 TALLEST = 4000
+SIZE = """
+const { clientWidth, scrollHeight } = document.documentElement;
+return [clientWidth, scrollHeight];
+"""
 
 
 def why_missing() -> str | None:
@@ -62,15 +66,15 @@ def resize(browser: Any, width: int, height: int = 900) -> None:
     )
 
 
-def screenshot(browser: Any, path: Path) -> None:
-    """Write a picture of the whole page."""
-    width, height = browser.execute_script(
-        "return [document.documentElement.clientWidth,"
-        " document.documentElement.scrollHeight]"
-    )
-    clip = {"x": 0, "y": 0, "width": width, "height": min(height, TALLEST), "scale": 1}
+def screenshot(
+    browser: Any, path: Path, *, height: int = TALLEST, scale: float = 1.0
+) -> None:
+    """Write a picture of a page, from its top down to a height."""
+    width, whole = browser.execute_script(SIZE)
+    clip = {"x": 0, "y": 0, "width": width, "height": min(height, whole)}
     picture = browser.execute_cdp_cmd(
-        "Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip}
+        "Page.captureScreenshot",
+        {"captureBeyondViewport": True, "clip": {**clip, "scale": scale}},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(base64.b64decode(picture["data"]))

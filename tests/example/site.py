@@ -25,6 +25,13 @@ FORM_TYPE = "application/x-www-form-urlencoded"
 BOUNDARY = "----boundary"
 
 
+def environment() -> dict[str, str]:
+    """Return that of a person at a shell, in which the tests' own settings are not."""
+    own = ("DJANGO", "PYTHONDEVMODE", "PYTHONWARNINGS", "MAIL_SETTINGS")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    return {**kept, "PYTHONPATH": str(ROOT)}
+
+
 class Page:
     """
     What a request was answered with.
@@ -66,7 +73,7 @@ class Site:
         self.process = subprocess.Popen(
             [sys.executable, "example_project/serve.py", str(self.port)],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

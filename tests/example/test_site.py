@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import smtplib
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from .site import ROOT, Page, Site
+from .site import ROOT, Page, Site, environment
 
 PAGES = ("/", "/inbox/", "/settings/", "/race/", "/pool/")
 VIEWS = ("/contact/", "/contact-async/")
@@ -353,7 +352,7 @@ def test_a_port_that_is_taken_is_said_to_be(site: Site) -> None:
     done = subprocess.run(
         [sys.executable, "example_project/serve.py", str(site.port)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=30,
@@ -370,11 +369,7 @@ def manage(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "manage.py", *arguments],
         cwd=ROOT / "example_project",
-        env={
-            **{name: os.environ[name] for name in os.environ if "DJANGO" not in name},
-            "PYTHONPATH": str(ROOT),
-            "DATABASE": ":memory:",
-        },
+        env={**environment(), "DATABASE": ":memory:"},
         capture_output=True,
         text=True,
         timeout=50,
