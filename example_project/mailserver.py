@@ -38,9 +38,10 @@ USER = "demo"
 PASSWORD = "demo-password"
 # May log in, but not send from the project's address.
 NEWSLETTER_USER = "newsletter"
+ACCOUNTS: Final = (USER, NEWSLETTER_USER)
 
 # Bytes of a message, and messages that are kept.
-SIZE_LIMIT: Final = 5 * 2**20
+SIZE_LIMIT: Final = 2 * 2**20
 KEPT: Final = 100
 
 SLOW_SECONDS: Final = 0.25
@@ -229,12 +230,9 @@ def _user(session: Session) -> str:
 def _authenticate(
     server: SMTP, session: Session, envelope: Envelope, method: str, data: Any
 ) -> AuthResult:
-    accounts = [LoginPassword(u.encode(), PASSWORD.encode()) for u in ACCOUNTS]
+    accounts = [LoginPassword(user.encode(), PASSWORD.encode()) for user in ACCOUNTS]
     good = data in accounts
     return AuthResult(success=good, handled=good, auth_data=data)
-
-
-ACCOUNTS: Final = (USER, NEWSLETTER_USER)
 
 
 def main() -> None:

@@ -179,6 +179,12 @@ def test_the_picture_needs_nothing_else() -> None:
     assert "127.0.0.1" not in picture
 
 
+@pytest.mark.parametrize("name", ["settings.png", "race.png"])
+def test_the_readme_shows_the_example(name: str) -> None:
+    assert f'src="docs/{name}"' in README
+    assert (DOCS / name).stat().st_size < 60_000
+
+
 @pytest.mark.skipif(django.VERSION >= (6, 1), reason="it was captured with EMAIL_*")
 def test_the_captured_run_is_still_what_smtpcheck_says(tmp_path: Path) -> None:
     pytest.importorskip("rich")

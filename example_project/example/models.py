@@ -43,7 +43,8 @@ class SentMail(models.Model):
         """Return the row for a message, not saved yet."""
         error = delivery.error
         return cls(
-            mailer=alias or "default",
+            # None with EMAIL_* settings.
+            mailer=alias or "",
             subject=message.subject[:200],
             state=delivery.state,
             accepted=list(delivery.accepted),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from email.message import EmailMessage
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -297,7 +298,7 @@ def test_the_pool_page_tells_what_changes(site: Site) -> None:
         ({"messages": 10, "round_trip": -1}, "round_trip"),
     ],
 )
-def test_a_race_has_its_bounds(site: Site, form: dict[str, object], field: str) -> None:
+def test_a_race_has_its_bounds(site: Site, form: dict[str, Any], field: str) -> None:
     page = site.post("/race/run/", **form)
     assert page.status == 400
     assert list(json.loads(page.html)["errors"]) == [field]
@@ -339,13 +340,21 @@ def test_sent_mail_is_in_the_admin_to_be_read(site: Site) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_ends_cleanly_while_a_stream_is_open(number: int) -> None:
+def test_it_ends_cleanly_while_streams_are_open(number: int) -> None:
+    long = {"messages": 500, "round_trip": 100}
     site = Site()
-    with site, site.stream("/pool/events/") as pool, site.stream("/inbox/events/"):
+    with (
+        site,
+        site.stream("/pool/events/") as pool,
+        site.stream("/race/run/", long) as race,
+    ):
         assert f"{site.address}/" in site.first_line
         pool.until("pool")
+        race.until("progress")
+        racers = processes_of(site)
         assert site.end(number) == 0
         assert site.errors == ""
+    assert not any(Path(f"/proc/{pid}").exists() for pid in racers)
 
 
 def test_a_port_that_is_taken_is_said_to_be(site: Site) -> None:

@@ -60,15 +60,14 @@ async def _findings() -> AsyncGenerator[Event, None]:
 
 async def _reports(alias: str) -> AsyncGenerator[StageReport, None]:
     """Do as ``manage.py smtpcheck --until sender``, for the mailer's first server."""
-    start = time.monotonic()
     try:
-        server = await sync_to_async(_server)(alias)
+        server, seconds = await sync_to_async(_server)(alias)
     except (ImproperlyConfigured, OSError) as error:
         yield StageReport("settings", (Finding(str(error), "failed"),))
         return
     kind = "STARTTLS" if server.use_tls else "TLS" if server.use_ssl else "no TLS"
     found = Finding(f"{server.server}, {kind}, user {server.username or 'none'}")
-    yield StageReport("settings", (found,), time.monotonic() - start)
+    yield StageReport("settings", (found,), seconds)
     senders = {"DEFAULT_FROM_EMAIL": parseaddr(settings.DEFAULT_FROM_EMAIL)[1]}
     diagnosis = diagnose(server, until=UNTIL, senders=senders, timeout=TIMEOUT)
     async with aclosing(diagnosis):
@@ -76,9 +75,11 @@ async def _reports(alias: str) -> AsyncGenerator[StageReport, None]:
             yield report
 
 
-def _server(alias: str) -> Options:
+def _server(alias: str) -> tuple[Options, float]:
+    """Return what the settings come to, and the seconds that it took."""
+    start = time.monotonic()
     server: Options = backend(alias).route().servers[0]
-    return server
+    return server, time.monotonic() - start
 
 
 def _shown(report: StageReport) -> dict[str, Any]:
