@@ -13,20 +13,13 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import django
-from mailserver import (
-    HOST,
-    INBOX,
-    PASSWORD,
-    USER,
-    Authority,
-    MailServer,
-    Received,
-)
+from mailserver import HOST, INBOX, PASSWORD, USER, Authority, MailServer, Received
 
 MASS = 20
 FORM = {"to": "ada@example.org", "text": "It works.\n"}
@@ -35,21 +28,7 @@ Send = Callable[[], None]
 
 
 def main() -> int:
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        MailServer((authority := Authority(Path(folder))).context()) as server,
-    ):
-        os.environ.update(
-            DJANGO_SETTINGS_MODULE="example.settings",
-            DATABASE=str(Path(folder) / "db.sqlite3"),
-            SMTP_HOST=HOST,
-            SMTP_PORT=str(server.port),
-            SMTP_USER=USER,
-            SMTP_PASSWORD=PASSWORD,
-            SMTP_CA_FILE=str(authority.file),
-            # Django's own backend trusts the system's authorities only.
-            SSL_CERT_FILE=str(authority.file),
-        )
+    with mail_server():
         django.setup()
         make_tables()
         check_settings()
@@ -64,6 +43,26 @@ def main() -> int:
     print_messages(received)
     print_times(seconds, compared)
     return report_missing(received)
+
+
+@contextmanager
+def mail_server() -> Iterator[None]:
+    """Run one, and have the settings lead to it."""
+    with tempfile.TemporaryDirectory() as folder:
+        authority = Authority(Path(folder))
+        with MailServer(authority.context()) as server:
+            os.environ.update(
+                DJANGO_SETTINGS_MODULE="example.settings",
+                DATABASE=str(Path(folder) / "db.sqlite3"),
+                SMTP_HOST=HOST,
+                SMTP_PORT=str(server.port),
+                SMTP_USER=USER,
+                SMTP_PASSWORD=PASSWORD,
+                SMTP_CA_FILE=str(authority.file),
+                # Django's own backend trusts the system's authorities only.
+                SSL_CERT_FILE=str(authority.file),
+            )
+            yield
 
 
 def ways() -> dict[str, Send]:

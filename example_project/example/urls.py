@@ -1,7 +1,9 @@
 """The example's URLs."""
 
 from django.contrib import admin
+from django.templatetags.static import static
 from django.urls import path
+from django.views.generic import RedirectView
 
 from .views import compose, inbox, pool, race, settings
 
@@ -23,4 +25,6 @@ urlpatterns = [
     path("pool/events/", pool.pool_events, name="pool-events"),
     path("pool/send/", pool.send_at_once, name="pool-send"),
     path("admin/", admin.site.urls),
+    # For the admin's pages, which name no icon.
+    path("favicon.ico", RedirectView.as_view(url=static("example/icon.svg"))),
 ]

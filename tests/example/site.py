@@ -7,10 +7,13 @@ import json
 import os
 import re
 import signal
+import smtplib
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from email.message import EmailMessage
 from html import unescape
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +24,7 @@ from tests.servers import free_port
 ROOT = Path(__file__).parents[2]
 # What a browser is given with a form, and gives back.
 CSRF_TOKEN = "a" * 32
+FORM = {"to": "ada@example.org", "subject": "Hello", "text": "Body"}
 FORM_TYPE = "application/x-www-form-urlencoded"
 BOUNDARY = "----boundary"
 
@@ -102,16 +106,29 @@ class Site:
         self.errors += errors or ""
         return self.process.returncode
 
+    @property
+    def admin_password(self) -> str:
+        return self.second_line.split()[-1]
+
     def log_in(self) -> None:
         """Be the admin from now on."""
-        password = self.second_line.split()[-1]
-        form = {"username": "admin", "password": password, "next": "/admin/"}
+        form = {"username": "admin", "password": self.admin_password, "next": "/admin/"}
         with closing(self._connection()) as connection:
             body = _form(form)
             answer = _send(connection, "POST", "/admin/login/", body, FORM_TYPE, {})
             cookies = answer.headers.get_all("Set-Cookie", [])
         (cookie,) = (one for one in cookies if one.startswith("sessionid="))
         self._session = cookie.partition(";")[0]
+
+    def deliver(self, message: EmailMessage) -> None:
+        """Give a message to the mail server, as another client would."""
+        found = re.search(r"127\.0\.0\.1:(\d+)", self.post("/contact/", **FORM).text)
+        assert found
+        with smtplib.SMTP("127.0.0.1", int(found[1])) as client:
+            # The client's trust is not what is tested.
+            client.starttls(context=ssl._create_unverified_context())
+            client.login("demo", "demo-password")
+            client.send_message(message, "eve@example.com", ["ada@example.org"])
 
     def get(self, path: str, **headers: str) -> Page:
         cookies = f"csrftoken={CSRF_TOKEN}; {self._session}"

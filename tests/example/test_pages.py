@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from tests.servers import wait_until
 
 from . import browser as chromium
-from .site import ROOT, Site
+from .site import FORM, ROOT, Site
 
 pytestmark = pytest.mark.browser
 
@@ -96,6 +97,35 @@ def test_what_either_view_sends_appears_in_the_inbox(
     one(browser, ".mails a").click()
     wait_for(browser, "Shall we meet at noon?")
     fits(browser, "message")
+
+
+def test_html_is_shown_in_its_frame_and_runs_nothing(browser: Any, site: Site) -> None:
+    message = EmailMessage()
+    message["Subject"] = "Looks"
+    message["From"] = "eve@example.com"
+    message.set_content("Plain.")
+    style = "color: #a02020; font-family: sans-serif"
+    message.add_alternative(f"<h1 style='{style}'>Bold</h1>", "html")
+    message.add_attachment("Soup.", filename="menu.txt")
+    site.deliver(message)
+    browser.get(f"{site.address}/inbox/")
+    one(browser, ".mails a").click()
+    wait_for(browser, "menu.txt")
+    fits(browser, "message-html")
+    browser.switch_to.frame(one(browser, "iframe"))
+    heading = one(browser, "h1")
+    assert heading.text == "Bold"
+    assert heading.value_of_css_property("color") == "rgba(160, 32, 32, 1)"
+    browser.switch_to.default_content()
+
+
+def test_the_admin_keeps_to_the_policy_too(browser: Any, site: Site) -> None:
+    site.post("/contact/", **FORM)
+    browser.get(f"{site.address}/admin/example/sentmail/")
+    one(browser, "[name=username]").send_keys("admin")
+    one(browser, "[name=password]").send_keys(site.admin_password + "\n")
+    wait_for(browser, "Hello", "body")
+    chromium.screenshot(browser, PICTURES / "admin-1280.png")
 
 
 def test_the_source_beside_the_form_is_that_of_the_views(

@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import smtplib
-import ssl
 import subprocess
 import sys
 from email.message import EmailMessage
@@ -15,29 +14,16 @@ from typing import Any
 
 import pytest
 
-from .site import ROOT, Page, Site, environment
+from .site import FORM, ROOT, Page, Site, environment
 
 PAGES = ("/", "/inbox/", "/settings/", "/race/", "/pool/")
 VIEWS = ("/contact/", "/contact-async/")
-FORM = {"to": "ada@example.org", "subject": "Hello", "text": "Body"}
 SECRETS = ("demo-password", "not-the-password")
 
 
 def arrived(site: Site) -> list[str]:
     """Return the paths of the messages in the inbox, the newest first."""
     return re.findall(r'href="(/inbox/\d+/)"', site.get("/inbox/").html)
-
-
-def send_by_smtp(site: Site, message: EmailMessage) -> None:
-    """Give a message to the embedded server, as another client would."""
-    delivery = site.post("/contact/", **FORM)
-    found = re.search(r"127\.0\.0\.1:(\d+)", delivery.text)
-    assert found
-    with smtplib.SMTP("127.0.0.1", int(found[1])) as client:
-        # The client's trust is not what is tested.
-        client.starttls(context=ssl._create_unverified_context())
-        client.login("demo", "demo-password")
-        client.send_message(message, "eve@example.com", ["ada@example.org"])
 
 
 def is_wrong(page: Page, field: str, why: str) -> bool:
@@ -213,7 +199,7 @@ def test_html_is_shown_in_a_sandbox(site: Site) -> None:
     message["Subject"] = "Looks"
     message.set_content("Plain.")
     message.add_alternative("<b style='color:red'>Bold</b><script></script>", "html")
-    send_by_smtp(site, message)
+    site.deliver(message)
     newest = arrived(site)[0]
     page = site.get(newest)
     assert re.search(r'<iframe [^>]*sandbox(?!=)[^>]*src="/inbox/\d+/html/"', page.html)
@@ -230,7 +216,7 @@ def test_the_embedded_server_takes_no_huge_message(site: Site) -> None:
     message.set_content("x" * 72 + "\n" * 1)
     message.add_attachment(bytes(5 * 2**20), maintype="a", subtype="b")
     with pytest.raises(smtplib.SMTPException) as caught:
-        send_by_smtp(site, message)
+        site.deliver(message)
     assert "552" in str(caught.value)
 
 
@@ -238,7 +224,7 @@ def test_a_message_with_an_unknown_character_set_can_be_read(site: Site) -> None
     message = EmailMessage()
     message.set_content("Body")
     message.replace_header("Content-Type", 'text/plain; charset="martian"')
-    send_by_smtp(site, message)
+    site.deliver(message)
     page = site.get(arrived(site)[0])
     assert page.status == 200
     assert "Body" in page.text
