@@ -8,6 +8,7 @@ What it keeps is in a temporary folder, and ends with it.
 
 from __future__ import annotations
 
+import argparse
 import os
 import secrets
 import signal
@@ -106,6 +107,6 @@ class Server(uvicorn.Server):
 
 
 if __name__ == "__main__":
-    # For benchmarks/, whose delay line the race runs over.
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_PORT)
+    parser = argparse.ArgumentParser(description="Serve the example project.")
+    parser.add_argument("port", nargs="?", type=int, default=DEFAULT_PORT)
+    main(parser.parse_args().port)

@@ -14,9 +14,13 @@ from .models import SentMail
 class SentMailAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     """Read-only: a record is not edited."""
 
-    list_display = ("created", "subject", "mailer", "state", "server", "seconds")
+    list_display = ("created", "subject", "mailer", "state", "server", "milliseconds")
     list_filter = ("state", "mailer")
     search_fields = ("subject", "accepted")
+
+    @admin.display(description="ms", ordering="seconds")
+    def milliseconds(self, mail: SentMail) -> str:
+        return f"{mail.seconds * 1000:.1f}"
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False

@@ -13,6 +13,7 @@ NEEDED = ("chromium", "chromedriver")
 ARGUMENTS = (
     "--headless",
     "--disable-gpu",
+    "--disable-dev-shm-usage",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",

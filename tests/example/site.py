@@ -30,8 +30,16 @@ BOUNDARY = "----boundary"
 
 
 def environment() -> dict[str, str]:
-    """Return that of a person at a shell, in which the tests' own settings are not."""
-    own = ("DJANGO", "PYTHONDEVMODE", "PYTHONWARNINGS", "MAIL_SETTINGS")
+    """Return that of a person at a shell, not of the tests."""
+    # Of coverage, too: a process that is killed leaves half of what it would read.
+    own = (
+        "DJANGO",
+        "PYTHONDEVMODE",
+        "PYTHONWARNINGS",
+        "MAIL_SETTINGS",
+        "TZ",
+        "COVERAGE_PROCESS",
+    )
     kept = {k: v for k, v in os.environ.items() if not k.startswith(own)}
     return {**kept, "PYTHONPATH": str(ROOT)}
 

@@ -52,7 +52,8 @@ def test_every_page_allows_files_of_the_site_alone(site: Site, path: str) -> Non
 
 
 def test_what_is_not_there_is_said_to_be_so(site: Site) -> None:
-    for path in ("/nothing/", "/sent/99999/", "/inbox/99999/", "/inbox/1/99/"):
+    paths = ("/nothing/", "/sent/99999/", "/inbox/99999/", "/inbox/1/99/")
+    for path in (*paths, f"/sent/{10**30}/", f"/inbox/{10**30}/html/"):
         page = site.get(path)
         assert page.status == 404
         assert "Not here" in page.text
@@ -233,6 +234,8 @@ def test_a_message_with_an_unknown_character_set_can_be_read(site: Site) -> None
 def test_the_inbox_tells_what_arrives(site: Site) -> None:
     site.post("/contact/", **FORM)
     newest = int(arrived(site)[0].split("/")[2])
+    with site.stream("/inbox/events/?after=no-number") as stream:
+        assert stream.until("mail")[0][1]["number"] <= newest
     with site.stream(f"/inbox/events/?after={newest}") as stream:
         assert stream.kind.startswith("text/event-stream")
         site.post("/contact/", **FORM | {"subject": "<Live>"})

@@ -41,9 +41,11 @@ def inbox(request: HttpRequest) -> HttpResponse:
 @require_GET
 async def inbox_events(request: HttpRequest) -> StreamingHttpResponse:
     """Tell of each message that comes after the one that the page knows."""
-    # A browser that comes back says what it has seen.
-    known = request.headers.get("Last-Event-ID") or request.GET.get("after", "")
-    return event_stream(_arrivals(int(known) if known.isdecimal() else 0))
+    try:
+        known = int(request.GET.get("after", "0"))
+    except ValueError:
+        known = 0
+    return event_stream(_arrivals(known))
 
 
 async def _arrivals(known: int) -> AsyncGenerator[Event, None]:
