@@ -106,8 +106,10 @@ if django.VERSION >= (6, 1):
             },
         },
     }
-    for alias, options in BROKEN_MAILERS.items():
-        MAILERS[alias] = {"BACKEND": "django_async_smtp.Backend", "OPTIONS": options}
+    MAILERS |= {
+        broken: {"BACKEND": "django_async_smtp.Backend", "OPTIONS": options}
+        for broken, options in BROKEN_MAILERS.items()
+    }
 else:
     EMAIL_BACKEND = "django_async_smtp.Backend"
     EMAIL_HOST = HOST

@@ -128,15 +128,16 @@ class Site:
         (cookie,) = (one for one in cookies if one.startswith("sessionid="))
         self._session = cookie.partition(";")[0]
 
-    def deliver(self, message: EmailMessage) -> None:
+    def deliver(self, message: EmailMessage | bytes) -> None:
         """Give a message to the mail server, as another client would."""
+        content = bytes(message).replace(b"\n", b"\r\n")
         found = re.search(r"127\.0\.0\.1:(\d+)", self.post("/contact/", **FORM).text)
         assert found
         with smtplib.SMTP("127.0.0.1", int(found[1])) as client:
             # The client's trust is not what is tested.
             client.starttls(context=ssl._create_unverified_context())
             client.login("demo", "demo-password")
-            client.send_message(message, "eve@example.com", ["ada@example.org"])
+            client.sendmail("eve@example.com", ["ada@example.org"], content)
 
     def get(self, path: str, **headers: str) -> Page:
         cookies = f"csrftoken={CSRF_TOKEN}; {self._session}"

@@ -130,7 +130,7 @@ def _content(part: Any) -> str:
     """Return a part's text; what its character set does not know is replaced."""
     try:
         return str(part.get_content(errors="replace"))
-    except LookupError:
+    except (LookupError, ValueError):
         # A character set that nobody knows.
         return bytes(part.get_payload(decode=True)).decode(errors="replace")
 
@@ -141,9 +141,10 @@ def _attachments(mail: EmailMessage) -> list[Any]:
 
 
 def _payload(part: Any) -> bytes:
-    """Return an attachment's bytes; those of a mail within the mail are its source."""
-    payload = part.get_payload(decode=True)
-    return payload if isinstance(payload, bytes) else bytes(part.get_content())
+    """Return an attachment's bytes; of a mail within the mail, its source."""
+    if part.is_multipart():
+        return b"".join(bytes(inner) for inner in part.get_payload())
+    return bytes(part.get_payload(decode=True))
 
 
 def _name(part: Any, index: int) -> str:
