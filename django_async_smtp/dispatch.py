@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
 
 from . import errors
+from .callers import CallerStopped
 from .delivery import Courier, Delivery, is_before_mail
 from .envelope import Envelope
-from .loop import CallerStopped
 
 if TYPE_CHECKING:
     from django.core.mail import EmailMessage
 
-    from .loop import InCaller
+    from .callers import InCaller
     from .options import Route
     from .pool import Pool
 

@@ -103,6 +103,16 @@ class Mailing:
             log_refused(delivery)
         self._tell(item.message, delivery)
 
+    def has_news(self, outcome: Outcome) -> bool:
+        """Whether ``conclude`` will run user code: log handlers, signal receivers."""
+        return (
+            bool(outcome.left)
+            or outcome.ended_by is not None
+            or outcome.broken is not None
+            or any(delivery.error or delivery.refused for _, delivery in outcome.untold)
+            or post_send.has_listeners(type(self._backend))
+        )
+
     def conclude(self, outcome: Outcome) -> Exception | None:
         """Tell the rest of a call's outcome; return the error that must be raised."""
         self.finish(outcome.untold)
