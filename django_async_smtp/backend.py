@@ -268,7 +268,7 @@ class Backend(BaseEmailBackend):
 
     def _begin(self, mailing: Mailing) -> _Begun:
         """Take and build the first message; in the thread for user code."""
-        return self.connection or self.route(), mailing.take_first()
+        return self.connection or self.route(), mailing.take((), 1)
 
     def _start(self, mailing: Mailing, caller: CoroutineCaller[Outcome]) -> None:
         """Have a call's messages sent, the first one built by now."""
