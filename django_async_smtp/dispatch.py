@@ -129,6 +129,8 @@ class _Work:
         # One at a time: user code is not entered again while it sends itself.
         self._building: asyncio.Task[None] | None = None
         self._has_more = True
+        # Workers that wait for messages to be built.
+        self._waiting: deque[asyncio.Future[None]] = deque()
         # Helpers that wait for a session, and hold no message.
         self._idle_helpers: set[asyncio.Task[None]] = set()
         if taken:
@@ -154,11 +156,11 @@ class _Work:
 
     async def take(self) -> Item | None:
         """Return the next message, built; None at the end."""
-        while not self.ready:
-            self.build_ahead()
-            if self._building is None:
-                return None
-            await asyncio.wait([self._building])
+        self.build_ahead()
+        while not self.ready and self._building is not None:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiter)
+            await waiter
         return self.take_now()
 
     def take_now(self) -> Item | None:
@@ -166,6 +168,11 @@ class _Work:
         item = self.ready.popleft() if self.ready else None
         self.build_ahead()
         return item
+
+    def put_back(self, item: Item) -> None:
+        """Leave a message that was taken to the others."""
+        self.ready.appendleft(item)
+        self._wake(1)
 
     def build_ahead(self) -> None:
         """Have messages built in the caller's thread while others are sent."""
@@ -210,6 +217,7 @@ class _Work:
     async def _build(self, count: int) -> None:
         # Told but once, even where that raises.
         told, self.untold = self.untold, []
+        items = None
         try:
             items = await self._in_caller(self.source.take, told, count)
         except BaseException as broken:
@@ -222,14 +230,24 @@ class _Work:
             return
         finally:
             self._building = None
+            if items is None:
+                self._wake(len(self._waiting))
         self._put(items)
         # Whoever waits has the first ones before the others are there.
         self._build_more(count - len(items))
         self.build_ahead()
+        self._wake(len(items) if self._building else len(self._waiting))
 
     def _put(self, items: Sequence[Item]) -> None:
         self._has_more = bool(items) and not items[-1].is_last
         self.ready.extend(items)
+
+    def _wake(self, count: int) -> None:
+        while self._waiting and count > 0:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                count -= 1
 
     async def _work(self, courier: Courier) -> None:
         self.at_work += 1
@@ -297,7 +315,7 @@ class _Worker:
     def leave_rest(self) -> None:
         """Leave what it took and did not send to the others."""
         if self._next is not None:
-            self._work.ready.appendleft(self._next)
+            self._work.put_back(self._next)
 
     def _upcoming(self) -> Envelope | None:
         """Return the next message, if it is built by now."""
