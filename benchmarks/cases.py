@@ -9,9 +9,11 @@ fewer of them tell its rate: at 20 ms, 500 `send_mail()` would take it 80 second
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from tempfile import TemporaryDirectory
 from typing import Final
 
 from .lab import ROOT, Lab
@@ -114,12 +116,18 @@ def import_time(lab: Lab) -> Iterator[Result]:
         "import django_async_smtp; print(time.perf_counter() - start)"
     )
 
-    def milliseconds() -> float:
-        command = [sys.executable, "-c", code]
-        return float(subprocess.check_output(command, cwd=ROOT)) * 1000
+    with TemporaryDirectory() as folder:
+        # Compiled, as an installer leaves it.
+        compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": folder}
 
-    milliseconds()  # Compiles it.
-    (times,) = lab.in_turn(9, milliseconds)
+        def milliseconds() -> float:
+            command = [sys.executable, "-c", code]
+            environment = os.environ | compiled
+            seconds = subprocess.check_output(command, cwd=ROOT, env=environment)
+            return float(seconds) * 1000
+
+        milliseconds()
+        (times,) = lab.in_turn(9, milliseconds)
     yield Limit("import, over django.core.mail", times, "ms", below=60)
 
 

@@ -14,10 +14,11 @@ from django.core.mail.utils import DNS_NAME
 
 from . import options as opts
 from . import tls
+from .callers import CoroutineCaller, InCaller, as_in_a_plain_thread, turn
 from .delivery import Courier
 from .dispatch import Item, Outcome, deliver
 from .errors import SMTPError
-from .loop import InCaller, as_in_a_plain_thread, smtp_loop
+from .loop import smtp_loop
 from .mailing import Mailing, log_failure
 
 if TYPE_CHECKING:
@@ -230,48 +231,60 @@ class Backend(BaseEmailBackend):
         Messages are taken and built in the thread that ``sync_to_async`` gives. A
         cancelled call cancels what it has not sent yet.
         """
-        mailing, begun = await sync_to_async(self._begin_if_open)(email_messages)
-        if mailing.is_empty:
-            return 0
-        try:
-            opened = await self.aopen() if begun is None else False
-        except SMTPError as error:
-            await sync_to_async(mailing.not_opened)(error)
-            raise
-        if opened is None:
-            return await sync_to_async(self._opened_silently)(mailing)
-        try:
-            route, taken = begun or await sync_to_async(self._begin)(mailing)
-            outcome = await smtp_loop().acall(_deliver, mailing, route, taken)
-            # What it logs may be handled by code that must not block this loop.
-            failure = await sync_to_async(mailing.conclude)(outcome)
-        except BaseException:
-            # Cancelled, it must not wait for a thread that may be busy.
-            if mailing.has_failures:
-                await sync_to_async(mailing.log_failures)()
-            raise
-        finally:
-            if opened:
-                await self.aclose()
+        async with CoroutineCaller[Outcome](smtp_loop().loop) as caller:
+            async with turn():
+                mailing, is_started = await sync_to_async(self._start_if_open)(
+                    email_messages, caller
+                )
+            if mailing.is_empty:
+                return 0
+            try:
+                opened = False if is_started else await self.aopen()
+            except SMTPError as error:
+                await sync_to_async(mailing.not_opened)(error)
+                raise
+            if opened is None:
+                return await sync_to_async(self._opened_silently)(mailing)
+            try:
+                if not is_started:
+                    await sync_to_async(self._start)(mailing, caller)
+                outcome = await caller.result()
+                if mailing.has_news(outcome):
+                    # For user code, which must not block this loop.
+                    failure = await sync_to_async(mailing.conclude)(outcome)
+                else:
+                    failure = mailing.conclude(outcome)
+            except BaseException:
+                # Cancelled, it must not wait for a thread that may be busy.
+                if mailing.has_failures:
+                    await sync_to_async(mailing.log_failures)()
+                raise
+            finally:
+                if opened:
+                    await self.aclose()
         if failure is not None:
             raise failure
         return mailing.sent
 
     def _begin(self, mailing: Mailing) -> _Begun:
         """Take and build the first message; in the thread for user code."""
-        return self.connection or self.route(), mailing.take_first()
+        return self.connection or self.route(), mailing.take((), 1)
 
-    def _begin_if_open(
-        self, messages: Iterable[EmailMessage]
-    ) -> tuple[Mailing, _Begun | None]:
-        """Do as ``_begin`` where ``aopen`` would have nothing to do."""
+    def _start(self, mailing: Mailing, caller: CoroutineCaller[Outcome]) -> None:
+        """Have a call's messages sent, the first one built by now."""
+        caller.start(_deliver, mailing, *self._begin(mailing))
+
+    def _start_if_open(
+        self, messages: Iterable[EmailMessage], caller: CoroutineCaller[Outcome]
+    ) -> tuple[Mailing, bool]:
+        """Do as ``_start`` where ``aopen`` would have nothing to do; tell if so."""
         mailing = Mailing(self, messages)
         if mailing.is_empty or type(self).aopen is not Backend.aopen:
-            return mailing, None
-        route = self.connection or self.route()
-        if not smtp_loop().is_warm(route):
-            return mailing, None
-        return mailing, (route, mailing.take_first())
+            return mailing, False
+        if not smtp_loop().is_warm(self.connection or self.route()):
+            return mailing, False
+        self._start(mailing, caller)
+        return mailing, True
 
     def _with_defaults(self, given: dict[str, Any]) -> dict[str, Any]:
         if self.alias is None and not opts.uses_mailers():

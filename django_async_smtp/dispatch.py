@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
 
 from . import errors
+from .callers import CallerStopped
 from .delivery import Courier, Delivery, is_before_mail
 from .envelope import Envelope
-from .loop import CallerStopped
 
 if TYPE_CHECKING:
     from django.core.mail import EmailMessage
 
-    from .loop import InCaller
+    from .callers import InCaller
     from .options import Route
     from .pool import Pool
 
 T = TypeVar("T")
 
-# How many messages a worker has built, at most, while it sends another one. With the
+# How many messages are built, at most, for each one that is being sent. With the
 # second, the first can begin with the end of that one, and this with the end of it.
 AHEAD: Final = 2
 
@@ -51,8 +51,8 @@ Done = tuple[Item, Delivery]
 class Source(Protocol):
     """Where messages come from; its methods run in the caller's thread."""
 
-    def take(self, done: Sequence[Done]) -> Item | None:
-        """Say what became of some, and return the next, or None at the end."""
+    def take(self, done: Sequence[Done], count: int) -> list[Item]:
+        """Say what became of some; return the next, up to a count; none at the end."""
 
     def finish(self, done: Sequence[Done]) -> None:
         """Say what became of the last ones."""
@@ -92,47 +92,57 @@ async def deliver(
     :param taken: what was taken from the source already; emptied, lest it is kept.
     :raises CallerStopped: user code raised what no task can.
     """
-    work = _Work(in_caller, source, route, pools)
-    work.left.extend(taken)
+    work = _Work(in_caller, source, route, pools, taken)
     taken.clear()
     await work.run()
-    return Outcome(work.untold, work.left, work.ended_by, work.broken)
+    return Outcome(work.untold, work.ready, work.ended_by, work.broken)
 
 
 class _Work:
     """
-    One call's workers: the first one, and helpers that come for a backlog.
+    One call's workers, the first one and helpers that come for a backlog, and what is
+    built for them.
 
-    :ivar left: taken already, by workers that could not send them.
+    :ivar ready: built, for whichever worker comes first.
     :ivar untold: what became of messages, to be told in the caller's thread.
     :ivar at_work: how many workers will look there again.
     """
 
     def __init__(
-        self, in_caller: InCaller, source: Source, route: Route, pools: list[Pool]
+        self,
+        in_caller: InCaller,
+        source: Source,
+        route: Route,
+        pools: list[Pool],
+        taken: Sequence[Item],
     ) -> None:
         self.source = source
         self.ended_by: errors.SMTPError | None = None
         self.broken: Exception | None = None
-        self.left: deque[Item] = deque()
+        self.ready: deque[Item] = deque()
         self.untold: list[Done] = []
         self.at_work = 0
         self._in_caller = in_caller
         self._route = route
         self._pools = pools
         self._tasks: set[asyncio.Task[Any]] = set()
-        # User code is not entered again while it waits for a send of its own.
-        self._callers_turn = asyncio.Lock()
+        # One at a time: user code is not entered again while it sends itself.
+        self._building: asyncio.Task[None] | None = None
+        self._has_more = True
+        # Workers that wait for messages to be built.
+        self._waiting: deque[asyncio.Future[None]] = deque()
         # Helpers that wait for a session, and hold no message.
         self._idle_helpers: set[asyncio.Task[None]] = set()
+        if taken:
+            self._put(taken)
 
     async def run(self) -> None:
         try:
             while not self._tasks:
-                self.start(self._work(Courier(self._route, self._pools)))
+                self._start(self._work(Courier(self._route, self._pools)))
                 while self._tasks:
                     await asyncio.wait(self._tasks)
-                if not self.left or self.is_over:
+                if not self.ready or self.is_over:
                     break
         except BaseException:
             self._cancel_others()
@@ -144,34 +154,34 @@ class _Work:
         if self._is_stopped:
             raise cast("CallerStopped", self.broken)
 
-    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start a task that ends with this work."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
+    async def take(self) -> Item | None:
+        """Return the next message, built; None at the end."""
+        self.build_ahead()
+        while not self.ready and self._building is not None:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiter)
+            await waiter
+        return self.take_now()
 
-    async def take(self, done: list[Done]) -> Item | None:
-        """
-        Return a message that a worker could not send, or the next of the source.
+    def take_now(self) -> Item | None:
+        """Return the next message if it is built by now."""
+        item = self.ready.popleft() if self.ready else None
+        self.build_ahead()
+        return item
 
-        :param done: to be told; emptied when it is.
-        """
-        if self.left:
-            return self.left.popleft()
-        async with self._callers_turn:
-            if self._is_stopped:
-                return None
-            # Told but once, even where that raises.
-            told = done[:]
-            done.clear()
-            try:
-                return await self._in_caller(self.source.take, told)
-            except BaseException as broken:
-                _note(told)
-                if isinstance(broken, Exception):
-                    self.broken = self.broken or broken
-                raise
+    def put_back(self, item: Item) -> None:
+        """Leave a message that was taken to the others."""
+        self.ready.appendleft(item)
+        self._wake(1)
+
+    def build_ahead(self) -> None:
+        """Have messages built in the caller's thread while others are sent."""
+        workers = max(1, self.at_work)
+        wanted = AHEAD * workers - len(self.ready)
+        # Several at a time: each hand-over between the threads costs as much as
+        # building one does.
+        if wanted >= workers:
+            self._build_more(wanted)
 
     def get_help(self) -> None:
         """Have further workers come, as many as the options allow."""
@@ -181,18 +191,74 @@ class _Work:
             # No more than the limit keeps busy: they would wait for each other.
             workers = min(workers, int(first.rate_limit * first.timeout / 2))
         for _ in range(workers - 1):
-            self._idle_helpers.add(self.start(self._help()))
+            self._idle_helpers.add(self._start(self._help()))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no more may be sent, built or not."""
+        return self.ended_by is not None or self._is_stopped
+
+    @property
+    def _is_stopped(self) -> bool:
+        """Whether no more user code may run."""
+        return isinstance(self.broken, CallerStopped)
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _build_more(self, count: int) -> None:
+        is_open = self._has_more and self.broken is None and not self.is_over
+        if count > 0 and is_open and self._building is None:
+            self._building = self._start(self._build(count))
+
+    async def _build(self, count: int) -> None:
+        # Told but once, even where that raises.
+        told, self.untold = self.untold, []
+        items = None
+        try:
+            items = await self._in_caller(self.source.take, told, count)
+        except BaseException as broken:
+            _note(told)
+            if not isinstance(broken, Exception):
+                raise
+            self.broken = self.broken or broken
+            if isinstance(broken, CallerStopped):
+                self._cancel_others()
+            return
+        finally:
+            self._building = None
+            if items is None:
+                self._wake(len(self._waiting))
+        self._put(items)
+        # Whoever waits has the first ones before the others are there.
+        self._build_more(count - len(items))
+        self.build_ahead()
+        self._wake(len(items) if self._building else len(self._waiting))
+
+    def _put(self, items: Sequence[Item]) -> None:
+        self._has_more = bool(items) and not items[-1].is_last
+        self.ready.extend(items)
+
+    def _wake(self, count: int) -> None:
+        while self._waiting and count > 0:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                count -= 1
 
     async def _work(self, courier: Courier) -> None:
+        self.at_work += 1
         worker = _Worker(self, courier)
         try:
             await worker.run()
         except Exception as broken:
             self.broken = self.broken or broken
-            if isinstance(broken, CallerStopped):
-                self._cancel_others()
         finally:
-            worker.stop()
+            self.at_work -= 1
+            worker.leave_rest()
             # What is left is in the hands of others.
             for helper in self._idle_helpers:
                 helper.cancel()
@@ -214,16 +280,6 @@ class _Work:
         for task in self._tasks - {asyncio.current_task()}:
             task.cancel()
 
-    @property
-    def is_over(self) -> bool:
-        """Whether no more may be sent, built or not."""
-        return self.ended_by is not None or self._is_stopped
-
-    @property
-    def _is_stopped(self) -> bool:
-        """Whether no more user code may run."""
-        return isinstance(self.broken, CallerStopped)
-
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
@@ -231,79 +287,40 @@ class _Work:
 
 
 class _Worker:
-    """Sends one message while the next ones are built."""
+    """Sends one message after the other."""
 
     def __init__(self, work: _Work, courier: Courier) -> None:
         self._work = work
         self._courier = courier
-        self._done: list[Done] = []
-        self._ahead: deque[asyncio.Task[Item | None]] = deque()
+        self._next: Item | None = None
 
     async def run(self) -> None:
         """Send until nothing is left, or nothing can be sent."""
-        work = self._work
-        work.at_work += 1
-        try:
-            await self._send_all()
-            await self._leave_rest()
-        except CallerStopped:
-            raise
-        except Exception:
-            # Of user code: ``work.broken``. What it gave before is sent.
-            await self._leave_rest()
-        finally:
-            work.at_work -= 1
-            work.untold += self._done
-
-    def stop(self) -> None:
-        """Break off what is being built."""
-        for building in self._ahead:
-            building.cancel()
-
-    async def _send_all(self) -> None:
         work, courier = self._work, self._courier
-        item = await work.take(self._done)
+        item = await work.take()
         while item is not None and not work.is_over:
             if item.has_backlog:
                 work.get_help()
-            if not item.is_last:
-                self._build_ahead()
             delivery = await courier.deliver(item.envelope, self._upcoming)
-            self._done.append((item, delivery))
+            work.untold.append((item, delivery))
             error = delivery.error
             if courier.is_cut_off(error):
                 work.ended_by = work.ended_by or error
-            item = await self._next()
             if is_before_mail(error) and work.at_work > 1:
                 # The others have connections, and go on.
-                break
-        if item is not None:
-            work.left.append(item)
+                return
+            item, self._next = self._next or await work.take(), None
+        self._next = item
 
-    def _build_ahead(self) -> None:
-        while len(self._ahead) < AHEAD and self._work.broken is None:
-            self._ahead.append(self._work.start(self._work.take(self._done)))
-
-    async def _next(self) -> Item | None:
-        item = await self._ahead.popleft() if self._ahead else None
-        if item is None and self._work.left:
-            item = self._work.left.popleft()
-        return item
-
-    async def _leave_rest(self) -> None:
-        """Leave what was built and not sent to the others."""
-        while self._ahead:
-            item = await self._ahead.popleft()
-            if item is not None:
-                self._work.left.append(item)
+    def leave_rest(self) -> None:
+        """Leave what it took and did not send to the others."""
+        if self._next is not None:
+            self._work.put_back(self._next)
 
     def _upcoming(self) -> Envelope | None:
         """Return the next message, if it is built by now."""
-        building = self._ahead[0] if self._ahead else None
-        if building is None or not building.done() or building.cancelled():
-            return None
-        item = None if building.exception() else building.result()
-        envelope = item.envelope if item is not None else None
+        self._next = self._next or self._work.take_now()
+        envelope = self._next.envelope if self._next is not None else None
         return envelope if isinstance(envelope, Envelope) else None
 
 

@@ -8,6 +8,7 @@ handlers.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 # Up to so many messages go over one connection, in order.
 ONE_CONNECTION: Final = 12
+# Bytes and seconds after which no further message is built with the others.
+BUNCH_SIZE: Final = 256 * 1024
+BUNCH_SECONDS: Final = 0.002
 
 
 class Mailing:
@@ -50,14 +54,9 @@ class Mailing:
         self._ahead: deque[EmailMessage] = deque()
         self._returned: list[Item] = []
         self._broken: Exception | None = None
-        try:
-            self._ahead.extend(islice(self._iterator, 1))
-            for message in islice(self._iterator, ONE_CONNECTION if self._ahead else 0):
-                self._ahead.append(message)
-        except Exception as error:
-            if not self._ahead:
-                raise
-            self._broken = error
+        self._read(1)
+        if self._ahead:
+            self._read(ONE_CONNECTION)
         # Whether the iterator has no more.
         self._is_read = len(self._ahead) <= ONE_CONNECTION
 
@@ -71,17 +70,26 @@ class Mailing:
         """Whether a message was not sent, that this knows of."""
         return bool(self._failures)
 
-    def take_first(self) -> list[Item]:
-        """Return the first message, built, in a list to be emptied."""
-        first = self.take(())
-        return [first] if first is not None else []
+    def take(self, done: Sequence[Done], count: int) -> list[Item]:
+        """
+        Finish some messages; return the next, built, up to a count; none at the end.
 
-    def take(self, done: Sequence[Done]) -> Item | None:
-        """Finish some messages, and return the next, built; None at the end."""
+        Several only where that takes no time to speak of.
+        """
         self.finish(done)
-        message = self._next()
-        if message is None:
-            return None
+        items: list[Item] = []
+        size, end = 0, time.monotonic() + BUNCH_SECONDS
+        while (message := self._next()) is not None:
+            item = self._item(message)
+            items.append(item)
+            if isinstance(item.envelope, Envelope):
+                size += len(item.envelope.content)
+            is_enough = len(items) >= count or size >= BUNCH_SIZE
+            if is_enough or not self._ahead or time.monotonic() > end:
+                break
+        return items
+
+    def _item(self, message: EmailMessage) -> Item:
         index, self._taken = self._taken, self._taken + 1
         has_backlog = index == 0 and len(self._ahead) >= ONE_CONNECTION
         is_last = self._is_read and not self._ahead and self._broken is None
@@ -102,6 +110,16 @@ class Mailing:
         elif delivery.refused:
             log_refused(delivery)
         self._tell(item.message, delivery)
+
+    def has_news(self, outcome: Outcome) -> bool:
+        """Whether ``conclude`` will run user code: log handlers, signal receivers."""
+        return (
+            bool(outcome.left)
+            or outcome.ended_by is not None
+            or outcome.broken is not None
+            or any(delivery.error or delivery.refused for _, delivery in outcome.untold)
+            or post_send.has_listeners(type(self._backend))
+        )
 
     def conclude(self, outcome: Outcome) -> Exception | None:
         """Tell the rest of a call's outcome; return the error that must be raised."""
@@ -149,7 +167,18 @@ class Mailing:
             return self._ahead.popleft()
         if self._broken is not None:
             raise self._broken
-        return next(self._iterator, None)
+        self._read(ONE_CONNECTION if self._is_sequence else 1)
+        return self._ahead.popleft() if self._ahead else None
+
+    def _read(self, count: int) -> None:
+        """Take messages from the iterator; what it raises comes after those it gave."""
+        try:
+            for message in islice(self._iterator, count):
+                self._ahead.append(message)
+        except Exception as error:
+            if not self._ahead:
+                raise
+            self._broken = error
 
     def _build(self, message: EmailMessage) -> Envelope | Exception | None:
         self._signal(pre_send, message, None)

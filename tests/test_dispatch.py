@@ -203,7 +203,10 @@ def test_failures_are_logged_where_a_receiver_ends_the_call(
 async def test_a_message_that_was_sent_says_so_though_the_call_is_cancelled(
     make_backend: MakeBackend,
 ) -> None:
-    with pipelining_server({"body": [Pause(0.3), DEFAULT]}) as server:
+    with (
+        pipelining_server({"body": [Pause(0.3), DEFAULT]}) as server,
+        connected(post_send, lambda **kwargs: None),
+    ):
         backend = make_backend(server)
         message = email()
         sending = asyncio.create_task(backend.asend_messages([message]))

@@ -29,7 +29,7 @@ from django.test import AsyncClient, Client
 from django.urls import path
 from django.utils.functional import lazy
 
-from django_async_smtp import asend_mail, loop
+from django_async_smtp import asend_mail, callers
 from django_async_smtp.envelope import prepare
 from django_async_smtp.loop import smtp_loop
 
@@ -672,7 +672,7 @@ def test_an_interrupt_before_the_work_has_started_cancels_it(
     def is_waiting() -> bool:
         stack = traceback.walk_stack(sys._current_frames()[caller])
         codes = [frame.f_code for frame, _ in stack]
-        return codes[0] is loop._Caller.result.__code__
+        return codes[0] is callers.ThreadCaller.result.__code__
 
     def interrupt_when_waiting() -> None:
         wait_until(is_waiting)

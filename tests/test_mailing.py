@@ -287,14 +287,23 @@ class TestGenerators:
             backend = make_backend(server, max_connections=5)
             sending = thread.submit(backend.send_messages, messages())
             wait_until(lambda: len(server.received) == 5)
-            # For each connection, the one in flight and two that are built.
-            wait_until(lambda: len(taken) >= 15)
+            # For each connection, the one in flight and up to two that are built.
             time.sleep(0.2)
-            assert len(taken) == 15
+            assert 13 <= len(taken) <= 15
             server.close_all()
             with pytest.raises(errors.Disconnected) as caught:
                 sending.result(20)
         assert caught.value.sent == 95
+
+    def test_what_it_gave_goes_out_while_it_takes_its_time(
+        self, server: MailServer, make_backend: MakeBackend
+    ) -> None:
+        def messages() -> Iterator[EmailMessage]:
+            yield from emails(20)
+            wait_until(lambda: len(server.received) == 20)
+            yield email()
+
+        assert make_backend(server).send_messages(messages()) == 21
 
     def test_it_runs_in_the_thread_of_the_caller(
         self, server: MailServer, make_backend: MakeBackend

@@ -35,6 +35,7 @@ ORDER = [
     "dispatch",
     "delivery",
     "loop",
+    "callers",
     "pool",
     "diagnosis",
     "session",

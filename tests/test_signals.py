@@ -255,5 +255,5 @@ def test_a_receiver_that_is_interrupted_ends_the_call(
     connect(post_send, interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_backend(server).send_messages(emails(5))
-    # The next one is on its way meanwhile.
-    assert subjects(server) == ["0", "1", "2"]
+    # The next one may be on its way meanwhile.
+    assert subjects(server) in (["0", "1"], ["0", "1", "2"])

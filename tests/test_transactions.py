@@ -73,7 +73,13 @@ def comparable(delivery: Delivery) -> Delivery:
     summary = (type(error), getattr(error, "args", ()), getattr(error, "stage", ""))
     if isinstance(error, OSError) and error.errno:
         summary = (type(error), (), getattr(error, "stage", ""))
-    return replace(delivery, server="", seconds=0, error=summary)  # type: ignore[arg-type]
+    return replace(
+        delivery,
+        server="",
+        seconds=0,
+        stages={},
+        error=summary,  # type: ignore[arg-type]
+    )
 
 
 def transaction_scripts() -> strategies.SearchStrategy[Script]:
