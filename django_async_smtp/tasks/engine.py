@@ -1,0 +1,122 @@
+"""Django Tasks: ``django.tasks`` (Django 6.0), or ``django_tasks`` on Django 5.2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, Final
+
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.utils import timezone
+
+from .. import options as opts
+from ..errors import NotQueued
+from .options import QueueOptions
+
+DEFAULT: Final = "default"
+
+
+def _library() -> tuple[Any, type[Exception]] | None:
+    """Return the library, and the class of its errors about tasks."""
+    with suppress(ImportError):
+        from django import tasks
+        from django.tasks.exceptions import TaskException
+
+        return tasks, TaskException
+    with suppress(ImportError):
+        import django_tasks
+        from django_tasks.exceptions import TaskException as Exception_
+
+        return django_tasks, Exception_
+    return None
+
+
+def library(alias: str | None = None) -> tuple[Any, type[Exception]]:
+    """
+    Return the library, and the class of its errors about tasks.
+
+    :param alias: the mailer that needs it.
+    :raises ImproperlyConfigured: there is none (``InvalidMailer`` under MAILERS).
+    """
+    found = _library()
+    if found is None:
+        problem = (
+            "QueuedBackend needs Django Tasks: Django 6.0 or later, or the package "
+            "django-tasks (pip install django-tasks)."
+        )
+        raise opts.setting_error(problem, problem, alias)
+    return found
+
+
+def task_backend(queue: QueueOptions) -> Any:
+    """
+    Return the task backend of a queue.
+
+    :raises ImproperlyConfigured: TASKS has none of this name, or it cannot be made.
+    """
+    tasks, _ = library()
+    return tasks.task_backends[queue.task_backend]
+
+
+def place(queue: QueueOptions) -> str:
+    """Return how errors and logs name a queue."""
+    return f'TASKS["{queue.task_backend}"]'
+
+
+def made_for(task: Any, queue: QueueOptions, alias: str | None = None) -> Any:
+    """
+    Return the task as it is enqueued.
+
+    :param alias: the mailer whose queue it is.
+    :raises ImproperlyConfigured: the task backend, the queue or the priority cannot
+        be used (``InvalidMailer`` under MAILERS).
+    """
+    _, task_exception = library(alias)
+    try:
+        return task.using(
+            backend=queue.task_backend,
+            queue_name=queue.queue_name,
+            priority=queue.priority,
+        )
+    except (ImproperlyConfigured, task_exception) as error:
+        problem = f"{place(queue)} cannot be used: {error}"
+        raise opts.setting_error(problem, problem, alias) from error
+
+
+def later(task: Any, queue: QueueOptions, seconds: float) -> Any:
+    """Return the task to be run after some seconds; at once where it cannot wait."""
+    if not task_backend(queue).supports_defer:
+        return task
+    return task.using(run_after=timezone.now() + timedelta(seconds=seconds))
+
+
+def not_queued(queue: QueueOptions, error: Exception) -> NotQueued:
+    """Return the error for what the engine raised: it may hold connection strings."""
+    return NotQueued(
+        f"{place(queue)} did not take the mail: {type(error).__name__}",
+        stage="queue",
+        server=place(queue),
+        temporary=True,
+    )
+
+
+def task(function: Callable[..., Any]) -> Any:
+    """
+    Make a function a task, which workers find by its module and name.
+
+    Where it is enqueued is said then; here, it need only be possible: a project may
+    have neither a task backend nor a queue of the name ``default``.
+    """
+    tasks, _ = library()
+    backend, queue_name = _some_queue(tasks)
+    return tasks.task(backend=backend, queue_name=queue_name)(function)
+
+
+def _some_queue(tasks: Any) -> tuple[str, str]:
+    known = getattr(settings, "TASKS", None) or {DEFAULT: {}}
+    alias = DEFAULT if DEFAULT in known else next(iter(known))
+    queues = tasks.task_backends[alias].queues
+    queue = DEFAULT if not queues or DEFAULT in queues else min(queues)
+    return alias, queue
