@@ -44,7 +44,8 @@ def requeue(alias: str, minutes: float) -> int:
 
 def _of_database(backend: Any, minutes: float) -> int:
     """django-tasks-db: such a task is RUNNING for ever."""
-    from django_tasks_db.models import DBTaskResult, TaskResultStatus
+    from django_tasks_db.compat import TaskResultStatus
+    from django_tasks_db.models import DBTaskResult
 
     found: int = DBTaskResult.objects.filter(
         backend_name=backend.alias,

@@ -50,6 +50,26 @@ def library(alias: str | None = None) -> tuple[Any, type[Exception]]:
     return found
 
 
+def check(queue: QueueOptions) -> None:
+    """
+    Check that mail could be queued.
+
+    :raises ImproperlyConfigured: it could not.
+    """
+    from .worker import send_queued
+
+    made_for(send_queued, queue)
+
+
+def is_immediate(queue: QueueOptions) -> bool:
+    """Whether the task backend runs a task when it is enqueued."""
+    try:
+        backend = task_backend(queue)
+    except ImproperlyConfigured:
+        return False
+    return any(cls.__name__ == "ImmediateBackend" for cls in type(backend).__mro__)
+
+
 def task_backend(queue: QueueOptions) -> Any:
     """
     Return the task backend of a queue.

@@ -150,7 +150,7 @@ def unpacked(payload: Any) -> tuple[Payload, list[QueuedMessage]]:
         )
     except PayloadError:
         raise
-    except (LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         # Its words may hold what the task does.
         problem = f"The task is damaged: {type(error).__name__}."
         raise PayloadError(problem) from None
