@@ -9,7 +9,7 @@ from typing import Any
 from django_async_smtp.tasks import engine
 from django_async_smtp.tasks.worker import send_queued
 
-LIBRARY: str = engine.library()[0].__name__
+LIBRARY: str = engine.library().__name__
 
 if LIBRARY == "django.tasks":
     from django.tasks.backends.dummy import DummyBackend

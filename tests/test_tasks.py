@@ -635,4 +635,4 @@ def test_the_library_is_djangos_own_where_there_is_one() -> None:
     import django
 
     own = "django.tasks" if django.VERSION >= (6, 0) else "django_tasks"
-    assert engine.library()[0].__name__ == own
+    assert engine.library().__name__ == own

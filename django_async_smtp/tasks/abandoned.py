@@ -30,8 +30,7 @@ def requeue(alias: str, minutes: float) -> int:
     :returns: how many.
     :raises ImproperlyConfigured: the engine is not one of those that need it.
     """
-    tasks, _ = engine.library()
-    backend = tasks.task_backends[alias]
+    backend = engine.library().task_backends[alias]
     for cls in type(backend).__mro__:
         path = f"{cls.__module__}.{cls.__qualname__}"
         if path in ENGINES:

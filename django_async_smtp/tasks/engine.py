@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, Final
 
 from django.conf import settings
@@ -18,36 +19,34 @@ from .options import QueueOptions
 DEFAULT: Final = "default"
 
 
-def _library() -> tuple[Any, type[Exception]] | None:
-    """Return the library, and the class of its errors about tasks."""
-    with suppress(ImportError):
-        from django import tasks
-        from django.tasks.exceptions import TaskException
-
-        return tasks, TaskException
-    with suppress(ImportError):
-        import django_tasks
-        from django_tasks.exceptions import TaskException as Exception_
-
-        return django_tasks, Exception_
-    return None
+# The libraries, in the order of preference.
+LIBRARIES: Final = ("django.tasks", "django_tasks")
 
 
-def library(alias: str | None = None) -> tuple[Any, type[Exception]]:
+def library(alias: str | None = None) -> Any:
     """
-    Return the library, and the class of its errors about tasks.
+    Return the library.
 
     :param alias: the mailer that needs it.
     :raises ImproperlyConfigured: there is none (``InvalidMailer`` under MAILERS).
     """
-    found = _library()
-    if found is None:
-        problem = (
-            "QueuedBackend needs Django Tasks: Django 6.0 or later, or the package "
-            "django-tasks (pip install django-tasks)."
-        )
-        raise opts.setting_error(problem, problem, alias)
-    return found
+    for name in LIBRARIES:
+        with suppress(ImportError):
+            return import_module(name)
+    problem = (
+        "QueuedBackend needs Django Tasks: Django 6.0 or later, or the package "
+        "django-tasks (pip install django-tasks)."
+    )
+    raise opts.setting_error(problem, problem, alias)
+
+
+def _task_errors() -> tuple[type[Exception], ...]:
+    """Return what libraries raise for a task: an engine may be made for the other."""
+    found: list[type[Exception]] = [ImproperlyConfigured]
+    for name in LIBRARIES:
+        with suppress(ImportError):
+            found.append(import_module(f"{name}.exceptions").TaskException)
+    return tuple(found)
 
 
 def check(queue: QueueOptions) -> None:
@@ -76,8 +75,7 @@ def task_backend(queue: QueueOptions) -> Any:
 
     :raises ImproperlyConfigured: TASKS has none of this name, or it cannot be made.
     """
-    tasks, _ = library()
-    return tasks.task_backends[queue.task_backend]
+    return library().task_backends[queue.task_backend]
 
 
 def place(queue: QueueOptions) -> str:
@@ -93,14 +91,13 @@ def made_for(task: Any, queue: QueueOptions, alias: str | None = None) -> Any:
     :raises ImproperlyConfigured: the task backend, the queue or the priority cannot
         be used (``InvalidMailer`` under MAILERS).
     """
-    _, task_exception = library(alias)
     try:
         return task.using(
             backend=queue.task_backend,
             queue_name=queue.queue_name,
             priority=queue.priority,
         )
-    except (ImproperlyConfigured, task_exception) as error:
+    except _task_errors() as error:
         problem = f"{place(queue)} cannot be used: {error}"
         raise opts.setting_error(problem, problem, alias) from error
 
@@ -129,7 +126,7 @@ def task(function: Callable[..., Any]) -> Any:
     Where it is enqueued is said then; here, it need only be possible: a project may
     have neither a task backend nor a queue of the name ``default``.
     """
-    tasks, _ = library()
+    tasks = library()
     backend, queue_name = _some_queue(tasks)
     return tasks.task(backend=backend, queue_name=queue_name)(function)
 
