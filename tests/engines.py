@@ -6,20 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from django.utils.module_loading import import_string
+
 from django_async_smtp.tasks import engine
 from django_async_smtp.tasks.worker import send_queued
 
 LIBRARY: str = engine.library().__name__
 
-if LIBRARY == "django.tasks":
-    from django.tasks.backends.dummy import DummyBackend
-else:
-    from django_tasks.backends.dummy import DummyBackend
-
+DummyBackend: Any = import_string(f"{LIBRARY}.backends.dummy.DummyBackend")
 IMMEDIATE = f"{LIBRARY}.backends.immediate.ImmediateBackend"
 
 
-class Keeping(DummyBackend):  # type: ignore[misc,valid-type]
+class Keeping(DummyBackend):  # type: ignore[misc]
     """Keeps what is enqueued, by whichever thread."""
 
     enqueued: list[Any] = []  # noqa: RUF012

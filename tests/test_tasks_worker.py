@@ -19,7 +19,6 @@ from django.utils import timezone
 from django_async_smtp.delivery import Delivery
 from django_async_smtp.errors import NotQueued
 from django_async_smtp.signals import post_send
-from django_async_smtp.tasks import payload as payload_module
 from django_async_smtp.tasks import sending
 from django_async_smtp.tasks.payload import PayloadError
 from django_async_smtp.tasks.worker import BACKOFF, JITTER
@@ -477,7 +476,7 @@ def test_a_bomb_does_not_go_off(
         def eof(self) -> bool:
             return self._real.eof
 
-    monkeypatch.setattr(payload_module.zlib, "decompressobj", Watched)
+    monkeypatch.setattr(zlib, "decompressobj", Watched)
     with pytest.raises(PayloadError, match="not its size"):
         work(payload)
     assert peak == [1001]

@@ -2,7 +2,7 @@
 Settings of a project with a queue, for its workers and for what sends.
 
 QUEUE_ENGINE is "db", "rq" or "celery"; SMTP_PORT and REDIS_PORT say where the servers
-are, QUEUE_DATABASE where the database is.
+are, QUEUE_DATABASE where the database is; with RATE, there is a limit.
 """
 
 import os
@@ -30,6 +30,19 @@ DATABASES = {
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 DEFAULT_FROM_EMAIL = "webmaster@example.com"
 
+CACHES = {
+    "default": {
+        "BACKEND": "django.core.cache.backends.redis.RedisCache",
+        "LOCATION": f"{REDIS}/2",
+    },
+}
+# Messages a second, of all workers together.
+LIMIT = (
+    {"rate_limit": float(os.environ["RATE"]), "rate_limit_cache": "default"}
+    if "RATE" in os.environ
+    else {}
+)
+
 if ENGINE == "db":
     INSTALLED_APPS += ["django_tasks_db"]
     TASKS = {"default": {"BACKEND": "django_tasks_db.DatabaseBackend"}}
@@ -53,10 +66,11 @@ if hasattr(mail, "mailers") and os.environ.get("MAIL_SETTINGS") != "email":
             "BACKEND": "django_async_smtp.QueuedBackend",
             "OPTIONS": {"mailer": "smtp", "batch_size": 5},
         },
-        "smtp": {"BACKEND": "django_async_smtp.Backend", "OPTIONS": SMTP},
+        "smtp": {"BACKEND": "django_async_smtp.Backend", "OPTIONS": SMTP | LIMIT},
     }
 else:
     EMAIL_BACKEND = "django_async_smtp.QueuedBackend"
     EMAIL_HOST, EMAIL_PORT = SMTP["host"], SMTP["port"]
     EMAIL_TIMEOUT = SMTP["timeout"]
+    ASYNC_SMTP = LIMIT
     ASYNC_SMTP_QUEUE = {"batch_size": 5}

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -50,15 +51,12 @@ def need(*modules: str, program: str | None = None) -> None:
 class Project:
     """The project with a queue: what sends, and its workers, in processes."""
 
-    def __init__(self, folder: Path, engine: str, smtp_port: int, redis_port: int):
+    def __init__(self, environment: dict[str, str]) -> None:
         self._processes = ExitStack()
         self._environment = {
             **{name: os.environ[name] for name in os.environ if "DJANGO" not in name},
             "DJANGO_SETTINGS_MODULE": "tests.integration.queue_project",
-            "QUEUE_ENGINE": engine,
-            "QUEUE_DATABASE": str(folder / "queue.sqlite3"),
-            "SMTP_PORT": str(smtp_port),
-            "REDIS_PORT": str(redis_port),
+            **environment,
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
         }
 
@@ -115,8 +113,16 @@ def make_project(tmp_path: Path) -> Iterator[MakeProject]:
     """Make projects whose workers end with the test."""
     with ExitStack() as stack:
 
-        def make(engine: str, server: Any, redis_port: int = 0) -> Project:
-            project = Project(tmp_path, engine, server.port, redis_port)
+        def make(
+            engine: str, server: Any, redis_port: int = 0, **environment: str
+        ) -> Project:
+            environment |= {
+                "QUEUE_ENGINE": engine,
+                "QUEUE_DATABASE": str(tmp_path / "queue.sqlite3"),
+                "SMTP_PORT": str(server.port),
+                "REDIS_PORT": str(redis_port),
+            }
+            project = Project(environment)
             stack.callback(project.close)
             return project
 
@@ -212,6 +218,23 @@ def test_a_worker_of_redis_is_killed_and_nothing_is_lost(
         wait_until(lambda: not children(worker.pid), 30)
         wait_until(lambda: project.run("django", "requeue_mail").startswith("1 "), 30)
         wait_until(lambda: len(arrived(server.received)) == 3, 30)
+
+
+def test_a_rate_limit_holds_for_all_workers(
+    make_project: MakeProject, redis_port: int
+) -> None:
+    need("django_tasks_rq")
+    rate = 20
+    with ScriptedServer() as server:
+        project = make_project("rq", server, redis_port, RATE=str(rate))
+        project.send("40")
+        for _ in range(2):
+            project.start("django", "rqworker")
+        wait_until(lambda: server.received, 30)
+        start = time.monotonic()
+        wait_until(lambda: len(server.received) == 40, 30)
+    # Each task is sent by a process of its own.
+    assert time.monotonic() - start >= 35 / rate
 
 
 def test_celery(make_project: MakeProject, redis_port: int) -> None:
