@@ -16,6 +16,7 @@ import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from django.core.exceptions import ImproperlyConfigured
 from django.core.mail import EmailMessage, send_mail
+from django.core.management import CommandError, call_command
 from django.db import connection, transaction
 
 import django_async_smtp
@@ -636,3 +637,10 @@ def test_the_library_is_djangos_own_where_there_is_one() -> None:
 
     own = "django.tasks" if django.VERSION >= (6, 0) else "django_tasks"
     assert engine.library().__name__ == own
+
+
+def test_requeue_mail_is_for_engines_that_need_it() -> None:
+    with pytest.raises(CommandError, match="Keeping is not known to leave tasks"):
+        call_command("requeue_mail")
+    with pytest.raises(CommandError, match="missing"):
+        call_command("requeue_mail", task_backend="missing")
