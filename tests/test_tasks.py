@@ -398,6 +398,30 @@ def test_what_fails_after_the_commit_is_logged_and_told(
 
 
 @pytest.mark.django_db(transaction=True)
+def test_what_fails_silently_after_the_commit_is_logged_once(
+    make_queue: MakeQueue, settings: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = make_queue(fail_silently=True)
+    settings.TASKS = tasks_of(Down)
+    with transaction.atomic():
+        backend.send_messages([email()])
+    assert len(errors_in(caplog)) == 1
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_mailer_that_is_unusable_after_the_commit_is_logged(
+    make_queue: MakeQueue, settings: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend, message = make_queue(max_size=9000, oversize="direct"), too_large()
+    with transaction.atomic():
+        backend.send_messages([message])
+        configure_queue(settings, {"host": "a.example", "port": "many"})
+    assert states([message]) == ["failed"]
+    [text] = errors_in(caplog)
+    assert text.startswith("1 messages lost after the commit")
+
+
+@pytest.mark.django_db(transaction=True)
 def test_what_is_too_large_is_sent_after_the_commit(
     server: MailServer, make_queue: MakeQueue, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -43,9 +43,12 @@ from .servers import (
     free_port,
     wait_until,
 )
+from .settings import USES_MAILERS
 
 Queue = Callable[..., Any]
 Told = list[tuple[Any, Delivery]]
+
+mailers = pytest.mark.skipif(not USES_MAILERS, reason="MAILERS only")
 
 GREYLISTED = "greylisted@example.com"
 
@@ -430,6 +433,7 @@ DAMAGES: dict[str, Callable[[Any], Any]] = {
     "longer": lambda p: damage(p, size=p["messages"][0]["size"] - 1),
     "shorter": lambda p: damage(p, size=p["messages"][0]["size"] + 1),
     "size": lambda p: damage(p, size=2**40),
+    "smtputf8": lambda p: damage(p, smtputf8_error=1),
     "size's type": lambda p: damage(p, size="1"),
     "lines": lambda p: damage(p, content=compressed(b"a\n.\nb\r\n"), size=7),
     "earlier": lambda p: damage(p, earlier={"state": "sent", "refused": []}),
@@ -451,7 +455,7 @@ def test_a_task_that_cannot_be_read_fails(
 
 
 def test_a_task_that_is_no_dict_fails() -> None:
-    with pytest.raises(PayloadError, match="version None"):
+    with pytest.raises(PayloadError, match="version unknown"):
         work("mail")
 
 
@@ -490,9 +494,33 @@ def test_options_of_a_later_release_are_left_out(
     assert work(payload)["sent"] == 1
 
 
+def test_what_becomes_of_the_rest_is_told(queue: Queue, told: Told) -> None:
+    """The server takes one recipient, and then breaks off."""
+    scripts: Any = ({GREYLISTED: b"451 4.7.1 later\r\n"}, {"body": CLOSE}, {})
+    with ScriptedServer(scripts) as server:
+        work(queue(server, [email("1", ["a@example.com", GREYLISTED])]))
+        server.close_all()
+        assert work(payloads()[-1]) == {"sent": 1, "failed": 0, "again": 0}
+    [(_, delivery)] = told
+    assert delivery.state == "sent"
+    assert delivery.accepted == ("a@example.com",)
+    [(code, text)] = delivery.refused.values()
+    assert code == 0
+    assert text.endswith("(it may have been delivered)")
+
+
+@mailers
+def test_a_task_of_the_time_before_mailers_is_an_error(
+    server: MailServer, queue: Queue
+) -> None:
+    payload = queue(server, [email()])
+    payload["queue"]["mailer"] = None
+    with pytest.raises(ImproperlyConfigured, match="queued with EMAIL_"):
+        work(payload)
+
+
+@mailers
 def test_another_backend_cannot_send(settings: Any, server: MailServer) -> None:
-    if not hasattr(settings, "MAILERS"):
-        pytest.skip("MAILERS only")
     configure_queue(settings, {"host": server.host, "port": server.port})
     with pytest.raises(ImproperlyConfigured, match=r"must be a django_async_smtp"):
         sending.sender("default")

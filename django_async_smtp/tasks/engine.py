@@ -111,12 +111,14 @@ def later(task: Any, queue: QueueOptions, seconds: float) -> Any:
 
 def not_queued(queue: QueueOptions, error: Exception) -> NotQueued:
     """Return the error for what the engine raised: it may hold connection strings."""
-    return NotQueued(
+    made = NotQueued(
         f"{place(queue)} did not take the mail: {type(error).__name__}",
         stage="queue",
         server=place(queue),
         temporary=True,
     )
+    made.add_hint("Is what the task backend keeps its tasks in running, and set up?")
+    return made
 
 
 def task(function: Callable[..., Any]) -> Any:

@@ -136,8 +136,10 @@ def unpacked(payload: Any) -> tuple[Payload, list[QueuedMessage]]:
     """
     version = payload.get("version") if isinstance(payload, Mapping) else None
     if version != VERSION:
+        # Of another type, it may be anything.
+        told = version if isinstance(version, int) else "unknown"
         raise PayloadError(
-            f"The task is of version {version!r}, and this worker knows {VERSION}: "
+            f"The task is of version {told}, and this worker knows {VERSION}: "
             "run the same release of django-async-smtp everywhere."
         )
     try:
@@ -175,6 +177,8 @@ def _envelope(packed: Packed) -> Envelope:
     addresses = [packed.sender, *packed.recipients]
     if not all(type(one) is str and one.isprintable() for one in addresses):
         raise PayloadError("The task is damaged: an address.")
+    if not isinstance(packed.smtputf8_error, str | None):
+        raise PayloadError("The task is damaged: smtputf8_error.")
     content = _content(packed)
     return Envelope(
         packed.sender, tuple(packed.recipients), content, packed.smtputf8_error

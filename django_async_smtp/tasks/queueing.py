@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,7 +13,7 @@ from django.db import transaction
 from ..delivery import Delivery
 from ..dispatch import Item, Outcome
 from ..envelope import Envelope
-from ..errors import NotQueued
+from ..errors import NotQueued, SMTPError
 from ..logs import is_within_a_log_handler, log, quiet
 from ..mailing import Mailing, log_fields
 from . import engine
@@ -120,7 +120,8 @@ class Queueing:
                 self._held = found
                 break
             batch.size += message.task_size
-            batch.items.append(item)
+            # Without the bytes, which the task has.
+            batch.items.append(replace(item, envelope=None))
             messages.append(message)
         if not messages:
             return None
@@ -169,12 +170,14 @@ class Queueing:
 
     def _too_large(self, size: int) -> NotQueued:
         place = engine.place(self._queue)
-        return NotQueued(
+        error = NotQueued(
             f"the message takes {size} bytes of a task in {place}, and max_size is "
             f"{self._queue.max_size}",
             stage="queue",
             server=place,
         )
+        error.add_hint('Raise max_size, or set oversize to "direct".')
+        return error
 
     def _waits_for_commit(self) -> bool:
         # What is logged within a transaction must not end with it.
@@ -204,14 +207,16 @@ class Queueing:
         late = Mailing(self._backend, ())
         late.finish([(item, delivery) for item in items])
         error = delivery.error
-        if error is None:
+        is_logged = self._backend.fail_silently and isinstance(error, SMTPError)
+        if error is None or is_logged:
             return
         log(
             logging.ERROR,
             "%d messages lost after the commit of their transaction: %s",
             len(items),
-            error if isinstance(error, NotQueued) else type(error).__name__,
-            **(log_fields(error) if isinstance(error, NotQueued) else {}),
+            # Of others, nobody knows what it tells.
+            error if isinstance(error, SMTPError) else type(error).__name__,
+            **(log_fields(error) if isinstance(error, SMTPError) else {}),
         )
 
     def _as_not_queued(self, error: Exception) -> NotQueued:

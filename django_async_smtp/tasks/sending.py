@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from django.core import mail
+from django.core.exceptions import ImproperlyConfigured
 
 from .. import options as opts
 from ..backend import Backend
@@ -73,6 +74,11 @@ def sender(mailer: str | None) -> Backend:
     :raises ImproperlyConfigured: there is none, or it is not this package's.
     """
     if mailer is None:
+        if opts.uses_mailers():
+            problem = (
+                "The task was queued with EMAIL_* settings; now there are MAILERS."
+            )
+            raise ImproperlyConfigured(problem)
         return Backend()
     found = mail.mailers[mailer]
     if not isinstance(found, Backend):

@@ -250,6 +250,23 @@ def test_celery(make_project: MakeProject, redis_port: int) -> None:
         assert set(arrived(server.received).values()) == {1}
 
 
+def test_a_worker_of_celery_is_killed_and_nothing_is_lost(
+    make_project: MakeProject, redis_port: int
+) -> None:
+    need("celery", "django_tasks_fennel")
+    with ScriptedServer(({"body": SILENCE}, {})) as server:
+        project = make_project("celery", server, redis_port)
+        worker = project.start(
+            *("celery", "-A", "django_tasks_fennel.app", "worker"),
+            *("--pool=prefork", "--concurrency=1", "--loglevel=WARNING"),
+        )
+        project.send("3")
+        wait_until(lambda: server.received, 30)
+        [child] = children(worker.pid)
+        os.kill(child, signal.SIGKILL)
+        wait_until(lambda: len(arrived(server.received)) == 3, 30)
+
+
 def children(pid: int) -> list[int]:
     """Return the processes that one has started."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
