@@ -256,6 +256,23 @@ def test_what_an_iterator_gave_before_it_broke_is_queued(
     assert sizes() == [3]
 
 
+def test_what_failed_is_logged_where_something_else_is_raised(
+    make_queue: MakeQueue, send: Send, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stopped(BaseException):
+        pass
+
+    def broken() -> Iterator[Any]:
+        yield from emails(20)
+        yield too_large()
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        send(make_queue(max_size=9000, batch_size=1), broken())
+    [text] = errors_in(caplog)
+    assert "max_size is 9000" in text
+
+
 def test_an_engine_that_is_down_is_an_error(
     make_queue: MakeQueue, send: Send, settings: Any
 ) -> None:
@@ -479,6 +496,8 @@ def test_messages_are_built_in_the_thread_for_user_code(make_queue: MakeQueue) -
 
     async def view() -> int:
         backend = await sync_to_async(make_queue)()
+        await backend.aopen()
+        await backend.aclose()
         async with backend:
             message = Message("1", "Body", "a@example.com", ["b@example.com"])
             count: int = await backend.asend_messages([message])
