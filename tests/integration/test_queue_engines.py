@@ -194,6 +194,21 @@ def test_a_database(make_project: MakeProject) -> None:
         sends_all(project, server)
 
 
+def test_a_worker_that_is_asked_to_end_ends_its_task(
+    make_project: MakeProject,
+) -> None:
+    need("django_tasks_db")
+    with ScriptedServer(({"body": [Pause(0.2), DEFAULT]},)) as server:
+        project = make_project("db", server)
+        project.run("django", "migrate", "--verbosity=0")
+        project.send("5")
+        worker = project.start("django", "db_worker", "--no-startup-delay")
+        wait_until(lambda: server.received, 30)
+        worker.terminate()
+        assert worker.wait(30) == 0
+        assert list(arrived(server.received).values()) == [1] * 5
+
+
 def test_redis_and_two_workers(make_project: MakeProject, redis_port: int) -> None:
     need("django_tasks_rq")
     with greylisting() as server:
