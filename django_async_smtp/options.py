@@ -8,13 +8,14 @@ import os
 import ssl
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from django.conf import settings
 from django.core import mail
 from django.core.exceptions import ImproperlyConfigured
 
-from .fleet import FleetLimit
+if TYPE_CHECKING:
+    from .fleet import FleetLimit
 
 DEFAULT_TIMEOUT: Final = 60.0
 
@@ -307,6 +308,9 @@ def _one_server(
 def _fleet_limit(known: Mapping[str, Any]) -> FleetLimit | None:
     if "rate_limit_cache" not in known:
         return None
+    # Few use it, and Django's caches take long to import.
+    from .fleet import FleetLimit
+
     server = f"{known['host']}:{known['port']}"
     return FleetLimit(known["rate_limit_cache"], server, known["rate_limit"])
 
