@@ -13,7 +13,7 @@ class FaultyCache(LocMemCache):
     Counts as long as it is up, and then raises, or does not answer.
 
     :cvar is_up: whether it counts.
-    :cvar hangs: clear while it is to hang.
+    :cvar answers: clear while it is to hang.
     """
 
     is_up = True
