@@ -9,13 +9,16 @@ import signal
 import sys
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import django
 
 from .cases import CASES
 from .lab import Lab, smtp_sink
 from .measure import HEAD, Point, Result, as_json, table
+
+# What the chart shows; other points are in tables only.
+DRAWN: Final = {"round trips", "recipients"}
 
 
 def main() -> int:
@@ -34,8 +37,12 @@ def main() -> int:
     print_tables(results)
     if arguments.json:
         write(arguments.json, results)
-    points = [result for result in results if isinstance(result, Point)]
-    if arguments.chart and len({point.chart for point in points}) == 2:
+    points = [
+        result
+        for result in results
+        if isinstance(result, Point) and result.chart in DRAWN
+    ]
+    if arguments.chart and {point.chart for point in points} == DRAWN:
         from .chart import draw
 
         draw(points, arguments.chart)

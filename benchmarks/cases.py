@@ -18,6 +18,7 @@ from typing import Final
 
 from .lab import ROOT, Lab
 from .measure import Limit, Point, Result
+from .queue import why_no_redis
 from .sender import DJANGOS, OURS
 
 ROUND_TRIP: Final = 20
@@ -157,6 +158,30 @@ def round_trips(lab: Lab) -> Iterator[Result]:
         yield Point("round trips", delay, lab.medians(rates, repeats=3))
 
 
+def queue(lab: Lab) -> Iterator[Result]:
+    """What a request waits for, and what workers send, over their number."""
+    sink = lab.sink()
+    distant = lab.delayed(sink, ROUND_TRIP)
+    direct = lab.sender(OURS, distant)
+    engines = ["database", "redis"]
+    if why := why_no_redis():
+        print(f"SKIPPED: redis: {why}", file=sys.stderr)
+        engines.remove("redis")
+    queues = {engine: lab.queue(engine, distant) for engine in engines}
+    for engine, queued in queues.items():
+        rates = direct.rate("one_by_one", 40), queued.rate("one_by_one", 40)
+        name = f"send_mail() into a queue ({engine}), 20 ms"
+        yield lab.compare(name, "direct", *rates, repeats=5, at_least=5)
+    for place, among, count in (
+        ("20 ms", queues, 200),
+        ("loopback", {engine: lab.queue(engine, sink) for engine in engines}, 1000),
+    ):
+        for number in lab.some((1, 2, 4)):
+            runs = {e: q.rate("workers", count, number) for e, q in among.items()}
+            medians = lab.medians(runs, repeats=3)
+            yield Point(f"workers of a queue, {place}", number, medians)
+
+
 def recipients(lab: Lab) -> Iterator[Result]:
     """Messages/s over the number of recipients, for the chart."""
     django, ours = lab.senders(lab.delayed(lab.sink(), ROUND_TRIP))
@@ -185,5 +210,6 @@ CASES: Final[dict[str, Callable[[Lab], Iterator[Result]]]] = {
         growth,
         round_trips,
         recipients,
+        queue,
     )
 }

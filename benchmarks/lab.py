@@ -151,6 +151,15 @@ class Lab:
         """Return one with a backend."""
         return self._warm(self._sender(backend, port, options), 3)
 
+    def queue(self, engine: str, port: int) -> Sender:
+        """Return one that queues, with workers; see queue.py for its jobs."""
+        folder = Path(tempfile.mkdtemp(dir=self._folder))
+        given = json.dumps({"host": HOST, "port": port})
+        process = self._start("queue", engine, given, str(folder))
+        sender = Sender(process, self._most)
+        sender.do("one_by_one", 3)
+        return sender
+
     def nodemailer(self, port: int, connections: int) -> Sender | None:
         """Return one with nodemailer's pool, if it is installed."""
         if why := why_no_nodemailer():

@@ -52,6 +52,7 @@ class Backend(BaseEmailBackend):
     idle_timeout: float | None
     ping_after: float | None
     rate_limit: float | None
+    rate_limit_cache: str | None
     pipelining: bool | None
     retries: int | None
     retry_deadline: float | None

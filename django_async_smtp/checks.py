@@ -25,6 +25,10 @@ from . import tls
 from .backend import Backend
 from .envelope import mailbox
 from .hints import is_this_machine
+from .tasks import QueuedBackend, engine
+from .tasks.options import GROUP as QUEUE_GROUP
+from .tasks.options import QUEUE, QueueOptions
+from .tasks.sending import sender
 
 DEFAULT_ALIAS: Final = "default"
 
@@ -40,6 +44,9 @@ SERVERS_PATIENCE: Final = 300
 MANY_IDLE_CONNECTIONS: Final = 20
 # Providers that document how many connections they allow at once.
 KNOWN_LIMITS: Final = {"smtp.office365.com": 3}
+
+# Django's caches that are of one process, or whose ``incr`` is not atomic.
+NOT_COUNTING: Final = {"LocMemCache", "DummyCache", "FileBasedCache", "DatabaseCache"}
 
 FILES: Final = ("ssl_certfile", "ssl_keyfile", "ssl_cafile")
 # How text says no.
@@ -65,6 +72,8 @@ class Mailer:
     :ivar backend: None where it is another one, or cannot be made.
     :ivar route: its servers; None where it is another backend, or cannot be used.
     :ivar error: why it cannot be made or used.
+    :ivar queue: whether it queues; with ``EMAIL_*``, what is said of servers is of
+        those that the worker sends through.
     """
 
     alias: str
@@ -75,6 +84,7 @@ class Mailer:
     backend: Any = None
     route: opts.Route | None = None
     error: Exception | None = None
+    queue: QueueOptions | None = None
 
     def __str__(self) -> str:
         return f"MAILERS[{self.alias!r}]" if opts.uses_mailers() else "EMAIL settings"
@@ -113,21 +123,29 @@ def mailer(alias: str, *, to_send: bool = True) -> Mailer:
     """
     path, backend_class, backend = "", None, None
     values: dict[str, Any] = {}
+    queue = None
     try:
         path, values = _as_set(alias)
         backend_class = _smtp_class(path)
         if backend_class is None:
             return Mailer(alias, path, values)
         backend = _backend(alias)
+        if isinstance(backend, QueuedBackend):
+            queue = backend.queue
+            if queue.mailer is not None:
+                return Mailer(alias, path, values, queue=queue)
+            backend_class, backend = Backend, sender(None)
         if not all(hasattr(backend, name) for name in opts.DJANGO_SETTINGS):
             # A subclass that connects in its own way.
             return Mailer(alias, path, values)
         checked = _checked_route(backend)
         route = route_of(backend) if to_send else checked
-        return Mailer(alias, path, values, backend_class, backend, route)
+        return Mailer(alias, path, values, backend_class, backend, route, queue=queue)
     except Exception as error:
         # A backend may be anyone's code.
-        return Mailer(alias, path, values, backend_class, backend, error=error)
+        return Mailer(
+            alias, path, values, backend_class, backend, error=error, queue=queue
+        )
 
 
 def route_of(backend: Any) -> opts.Route | None:
@@ -204,7 +222,7 @@ def _check_dict(name: str, value: object) -> None:
 
 def _smtp_class(path: str) -> type[Any] | None:
     """
-    Return the class of an SMTP backend; None: it is another backend.
+    Return the class of an SMTP backend or a queue; None: it is another backend.
 
     :raises ImportError: it cannot be imported.
     """
@@ -213,8 +231,8 @@ def _smtp_class(path: str) -> type[Any] | None:
     except Exception as error:
         problem = f"{path} cannot be imported: {_with_type(error)}"
         raise ImportError(problem) from error
-    is_smtp = isinstance(found, type) and issubclass(found, Backend | DjangoBackend)
-    return found if is_smtp else None
+    known = Backend | DjangoBackend | QueuedBackend
+    return found if isinstance(found, type) and issubclass(found, known) else None
 
 
 def _backend(alias: str) -> Any:
@@ -310,6 +328,29 @@ def senders_are_addresses(one: Mailer) -> Iterator[Problem]:
             mailbox(address)
         except ValueError as error:
             yield f"{name} is not one address: {error}.", hint
+
+
+def unusable_mailer_of_queue(one: Mailer) -> Iterator[Problem]:
+    """A queue's mailer is not this package's backend."""
+    if one.queue is None or one.queue.mailer is None:
+        return
+    there = mailer(one.queue.mailer, to_send=False)
+    if there.queue is not None or not there.is_ours:
+        yield (
+            f"Queued mail cannot be sent: {there} is not a django_async_smtp.Backend.",
+            'Set OPTIONS["mailer"] to the alias of one; a worker sends through it.',
+        )
+
+
+def unusable_tasks(one: Mailer) -> Iterator[Problem]:
+    """TASKS has no such task backend, or that has no such queue or priority."""
+    if one.queue is None:
+        return
+    try:
+        engine.check(one.queue)
+    except Exception as error:
+        names = _of_queue("task_backend", "queue_name", "priority")
+        yield f"Mail cannot be queued: {error}", f"Correct TASKS, or {names}."
 
 
 def credentials_in_clear(one: Mailer) -> Iterator[Problem]:
@@ -424,12 +465,38 @@ def default_sender(one: Mailer) -> Iterator[Problem]:
         )
 
 
+def tasks_are_immediate(one: Mailer) -> Iterator[Problem]:
+    """The task backend has no worker: mail is sent within the request."""
+    if one.queue is None or settings.DEBUG or not engine.is_immediate(one.queue):
+        return
+    yield (
+        f"{engine.place(one.queue)} runs tasks at once, in the request: nothing is "
+        "queued, and what fails is not tried again later.",
+        "Set its BACKEND to one with workers, or use django_async_smtp.Backend.",
+    )
+
+
+def uncounted_rate(one: Mailer) -> Iterator[Problem]:
+    """The cache of rate_limit_cache is of one process, or counts inexactly."""
+    for server in one.servers:
+        alias = server.rate_limit_cache
+        path = settings.CACHES[alias].get("BACKEND", "") if alias is not None else ""
+        if path.rpartition(".")[2] in NOT_COUNTING:
+            (name,) = _settings(one, server, "rate_limit_cache")
+            yield (
+                f"{name} is {alias!r}, and {path} cannot count for several processes.",
+                "Name a cache on Redis or Memcached.",
+            )
+
+
 CONCERNS: Final[dict[str, Concern]] = {
     "E001": unusable_options,
     "E002": both_kinds_of_tls,
     "E003": unusable_tls_files,
     "E004": unknown_backend,
     "E005": senders_are_addresses,
+    "E006": unusable_mailer_of_queue,
+    "E007": unusable_tasks,
     "W001": credentials_in_clear,
     "W002": half_a_login,
     "W003": port_and_kind_of_tls,
@@ -437,9 +504,17 @@ CONCERNS: Final[dict[str, Concern]] = {
     "W005": many_connections,
     "W006": strings_for_booleans,
     "W007": default_sender,
+    "W008": tasks_are_immediate,
+    "W009": uncounted_rate,
 }
 # Those of settings that all mailers share.
 SHARED: Final = {"E005", "W007"}
+
+
+def _of_queue(*names: str) -> str:
+    """Return where options of a queue are set."""
+    place = "OPTIONS" if opts.uses_mailers() else QUEUE_GROUP
+    return " or ".join(f'{place}["{name}"]' for name in names)
 
 
 def _told(error: Exception, one: Mailer) -> str:
@@ -457,6 +532,8 @@ def _meant(one: Mailer) -> str:
     if not (opts.uses_mailers() and "Unknown options" in str(one.error)):
         return ""
     known = opts.TYPES if one.is_ours else opts.DJANGO_SETTINGS
+    if one.backend_class is not None and issubclass(one.backend_class, QueuedBackend):
+        known = QUEUE
     unknown = [str(name).lower() for name in one.values if name not in known]
     meant = [near for name in unknown for near in get_close_matches(name, known, n=1)]
     return f"Did you mean {' and '.join(map(repr, meant))}? " if meant else ""

@@ -26,11 +26,13 @@ Upcoming = Callable[[], "Envelope | None"]
 # Neither the one that a project may seed, nor the same in every forked worker.
 _random = SystemRandom()
 
-State = Literal["sent", "refused", "failed", "unknown", "not_sent"]
+State = Literal["sent", "refused", "failed", "unknown", "not_sent", "queued"]
 
 # No message was on its way yet.
 _BEFORE_MAIL: Final = {"connect", "greeting", "ehlo", "tls", "auth"}
 TOO_MANY_RECIPIENTS: Final = 452
+# Ends the text of a recipient for whom the server's answer was lost.
+MAYBE_DELIVERED: Final = " (it may have been delivered)"
 # Seconds that a connection stays between the messages of a call, where none is kept
 # idle after it.
 WITHIN_A_CALL: Final = 20.0
@@ -46,7 +48,7 @@ class Delivery:
     :ivar state: ``sent`` (at least one recipient accepted), ``refused`` (by the
         server), ``failed`` (no answer, no connection, or it could not be built),
         ``unknown`` (the answer to the whole message was lost: it may have been
-        delivered), or ``not_sent`` (not tried).
+        delivered), ``not_sent`` (not tried), or ``queued`` (a worker sends it).
     :ivar accepted: the recipients that the server took the message for.
     :ivar refused: the other recipients: ``{address: (reply code, text)}``.
     :ivar reply: the server's answer to the message, such as ``"2.0.0 Ok: queued as
@@ -59,6 +61,8 @@ class Delivery:
         connection, ``connect`` to ``auth``, where it was the first message on it (with
         ``use_ssl``, ``tls`` holds the greeting).
     :ivar error: what was, or would be, raised.
+    :ivar task_id: the id of the task's result, where it is queued; empty until the
+        transaction is committed.
     """
 
     state: State
@@ -70,6 +74,7 @@ class Delivery:
     seconds: float = 0.0
     stages: dict[errors.Stage, float] = field(default_factory=dict)
     error: Exception | None = None
+    task_id: str = ""
 
 
 def _nothing() -> None:
@@ -186,7 +191,7 @@ class Courier:
                 return failure
             text = str(error)
             if failure.state == "unknown":
-                text += " (it may have been delivered)"
+                text += MAYBE_DELIVERED
             no = (getattr(error, "smtp_code", 0), text)
             return replace(failure, refused=dict.fromkeys(envelope.recipients, no))
 

@@ -19,11 +19,21 @@ from typing import Any, Final, Literal
 import aiosmtplib
 
 Stage = Literal[
-    "connect", "greeting", "ehlo", "tls", "auth", "mail", "rcpt", "data", "body"
+    "queue",
+    "connect",
+    "greeting",
+    "ehlo",
+    "tls",
+    "auth",
+    "mail",
+    "rcpt",
+    "data",
+    "body",
 ]
 
 # What the client was doing at each stage, as the subject of a sentence.
 ACTION: Final[dict[Stage, str]] = {
+    "queue": "queueing",
     "connect": "connecting",
     "greeting": "the greeting",
     "ehlo": "EHLO",
@@ -41,8 +51,9 @@ class SMTPError(smtplib.SMTPException):
     Sending mail failed; the base class of all that this package raises for it.
 
     :ivar stage: where it failed, one of ``connect``, ``greeting``, ``ehlo``,
-        ``tls``, ``auth``, ``mail``, ``rcpt``, ``data`` and ``body``.
-    :ivar server: the server, as ``"host:port"``.
+        ``tls``, ``auth``, ``mail``, ``rcpt``, ``data`` and ``body``; ``queue``: it
+        did not come to the task queue.
+    :ivar server: the server, as ``"host:port"``; of the queue, ``TASKS["alias"]``.
     :ivar temporary: whether trying again later is worth it. False where
         ``maybe_delivered`` is true.
     :ivar maybe_delivered: true only where the message went out whole and the
@@ -94,6 +105,10 @@ def _restore(
     error = cls.__new__(cls)
     error.args, error.errno, error.strerror = args, number, strerror
     return error
+
+
+class NotQueued(SMTPError):
+    """The task queue did not take the message, or it is too large for a task."""
 
 
 class ConnectError(SMTPError):

@@ -141,7 +141,7 @@ class Mailing:
             rest = self._report_rest(ended_by)
             if rest and self._is_swallowed(ended_by):
                 message = "%d more messages not sent (fail_silently): %s"
-                log(logging.ERROR, message, rest, ended_by, **_fields(ended_by))
+                log(logging.ERROR, message, rest, ended_by, **log_fields(ended_by))
         self._failures.sort(key=lambda failure: failure[0])
         for _, _, error in self._failures:
             if not self._is_swallowed(error):
@@ -233,8 +233,8 @@ def log_failure(error: SMTPError, delivery: Delivery | None = None) -> None:
         "Mail not sent (fail_silently): %s%s",
         error,
         f" [{error.hint}]" if error.hint else "",
-        **_fields(error),
-        delivery=_masked(delivery),
+        **log_fields(error),
+        delivery=masked_delivery(delivery),
     )
 
 
@@ -250,11 +250,12 @@ def log_refused(delivery: Delivery) -> None:
         "; ".join(refused),
         stage="rcpt",
         server=delivery.server,
-        delivery=_masked(delivery),
+        delivery=masked_delivery(delivery),
     )
 
 
-def _fields(error: SMTPError) -> dict[str, Any]:
+def log_fields(error: SMTPError) -> dict[str, Any]:
+    """Return the fields of a log record about an error."""
     return {
         "stage": error.stage,
         "server": error.server,
@@ -265,7 +266,7 @@ def _fields(error: SMTPError) -> dict[str, Any]:
     }
 
 
-def _masked(delivery: Delivery | None) -> Delivery | None:
+def masked_delivery(delivery: Delivery | None) -> Delivery | None:
     """Return a delivery without addresses, and without the error that holds them."""
     if delivery is None:
         return None

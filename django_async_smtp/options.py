@@ -8,11 +8,14 @@ import os
 import ssl
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from django.conf import settings
 from django.core import mail
 from django.core.exceptions import ImproperlyConfigured
+
+if TYPE_CHECKING:
+    from .fleet import FleetLimit
 
 DEFAULT_TIMEOUT: Final = 60.0
 
@@ -58,7 +61,10 @@ class Options:
         every call.
     :ivar ping_after: seconds idle after which a NOOP comes before use.
     :ivar rate_limit: messages a second; None for no limit.
+    :ivar rate_limit_cache: the alias of the Django cache that counts for all processes
+        together; None: each process has the rate for itself.
     :ivar pipelining: whether to send commands together where the server offers it.
+    :ivar fleet: what counts there.
     :ivar in_mailers: whether the options come from MAILERS.
     :ivar is_fallback: whether they are one of ``fallbacks``.
     :ivar is_ours: whether they are of this package's backend, not of Django's.
@@ -80,7 +86,9 @@ class Options:
     idle_timeout: float = 20.0
     ping_after: float = 5.0
     rate_limit: float | None = None
+    rate_limit_cache: str | None = None
     pipelining: bool = True
+    fleet: FleetLimit | None = field(default=None, compare=False, repr=False)
     in_mailers: bool = field(default=False, compare=False, repr=False)
     is_fallback: bool = field(default=False, compare=False, repr=False)
     is_ours: bool = field(default=True, compare=False, repr=False)
@@ -137,21 +145,31 @@ def from_settings() -> dict[str, Any]:
 
     :raises OptionError: ``ASYNC_SMTP`` has an unknown key or a value of a wrong type.
     """
-    extra = getattr(settings, "ASYNC_SMTP", {})
-    if not isinstance(extra, Mapping):
-        raise OptionError(f"ASYNC_SMTP must be a dict, not {_type_name(extra)}.")
-    for key, value in extra.items():
-        if key in DJANGO_SETTINGS:
-            raise OptionError(f"ASYNC_SMTP[{key!r}]: set {DJANGO_SETTINGS[key]}.")
-        if key not in EXTRA:
-            problem = f"({_type_name(value)}) is unknown.{_closest(key, EXTRA)}"
-            raise OptionError(f"ASYNC_SMTP[{key!r}] {problem}")
-        _check_type(key, value, None)
+    extra = from_dict("ASYNC_SMTP", EXTRA)
     # Django 6.1 warns about these settings where ``settings`` itself is asked. It has
     # said so at startup, about those that the project sets.
     read: Any = settings._wrapped
     django = {name: getattr(read, key) for name, key in DJANGO_SETTINGS.items()}
-    return django | dict.fromkeys(EXTRA) | dict(extra)
+    return django | dict.fromkeys(EXTRA) | extra
+
+
+def from_dict(group: str, known: Mapping[str, Check]) -> dict[str, Any]:
+    """
+    Return what a setting that is a dict of options holds.
+
+    :raises OptionError: it is no dict, has an unknown key or a value of a wrong type.
+    """
+    found = getattr(settings, group, {})
+    if not isinstance(found, Mapping):
+        raise OptionError(f"{group} must be a dict, not {_type_name(found)}.")
+    for key, value in found.items():
+        if key in DJANGO_SETTINGS:
+            raise OptionError(f"{group}[{key!r}]: set {DJANGO_SETTINGS[key]}.")
+        if key not in known:
+            problem = f"({_type_name(value)}) is unknown.{_closest(key, known)}"
+            raise OptionError(f"{group}[{key!r}] {problem}")
+        check_type(key, value, None, known, group)
+    return dict(found)
 
 
 def checked(values: Mapping[str, Any], alias: str | None) -> dict[str, Any]:
@@ -171,11 +189,13 @@ def checked(values: Mapping[str, Any], alias: str | None) -> dict[str, Any]:
         for name in ("use_tls", "use_ssl"):
             found[name] = bool(found[name])
     for name, value in found.items():
-        _check_type(name, value, alias)
+        check_type(name, value, alias)
     if not found["host"]:
-        raise _error("OPTIONS must define 'host'.", "EMAIL_HOST is empty.", alias)
+        raise setting_error(
+            "OPTIONS must define 'host'.", "EMAIL_HOST is empty.", alias
+        )
     if found["use_tls"] and found["use_ssl"]:
-        raise _error(
+        raise setting_error(
             "The 'use_ssl' and 'use_tls' OPTIONS are incompatible. "
             "Set at most one of them to True.",
             "EMAIL_USE_TLS/EMAIL_USE_SSL are mutually exclusive, so only set one of "
@@ -183,7 +203,12 @@ def checked(values: Mapping[str, Any], alias: str | None) -> dict[str, Any]:
             alias,
         )
     if found["ssl_keyfile"] and not found["ssl_certfile"]:
-        raise _unusable(alias, "ssl_keyfile", "needs ssl_certfile beside it.")
+        raise unusable(alias, "ssl_keyfile", "needs ssl_certfile beside it.")
+    if found["rate_limit_cache"] is not None:
+        if found["rate_limit"] is None:
+            raise unusable(alias, "rate_limit_cache", "needs rate_limit beside it.")
+        if found["rate_limit_cache"] not in settings.CACHES:
+            raise unusable(alias, "rate_limit_cache", "must be an alias of CACHES.")
     if found["source_address"] is not None:
         found["source_address"] = tuple(found["source_address"])
     for name in ("ssl_keyfile", "ssl_certfile", "ssl_cafile"):
@@ -240,12 +265,12 @@ def _checked_fallback(override: dict[str, Any], alias: str | None) -> dict[str, 
         if name not in TYPES or name in ROUTE:
             near = _closest(name, [known for known in TYPES if known not in ROUTE])
             problem = f"has the unknown key {name!r} ({_type_name(value)}).{near}"
-            raise _unusable(alias, "fallbacks", problem)
+            raise unusable(alias, "fallbacks", problem)
         expected, fits = TYPES[name]
         if value is not None and not fits(value):
             wrong = _wrong_type(value, fits)
             problem = f"has {name!r}, which must be {expected}{wrong}."
-            raise _unusable(alias, "fallbacks", problem)
+            raise unusable(alias, "fallbacks", problem)
     found = {name: value for name, value in override.items() if value is not None}
     if found.get("use_tls") or found.get("use_ssl"):
         # One kind of TLS replaces the other.
@@ -276,21 +301,46 @@ def _one_server(
     return Options(
         **known,
         ssl_context=context_for(values) if uses_tls else None,
+        fleet=_fleet_limit(known),
     )
 
 
-def _error(in_mailers: str, in_settings: str, alias: str | None) -> Exception:
+def _fleet_limit(known: Mapping[str, Any]) -> FleetLimit | None:
+    if "rate_limit_cache" not in known:
+        return None
+    # Few use it, and Django's caches take long to import.
+    from .fleet import FleetLimit
+
+    server = f"{known['host']}:{known['port']}"
+    return FleetLimit(known["rate_limit_cache"], server, known["rate_limit"])
+
+
+def setting_error(in_mailers: str, in_settings: str, alias: str | None) -> Exception:
+    """Return an error in the words of MAILERS, or in those of other settings."""
     if alias is None and not uses_mailers():
         return OptionError(in_settings)
     error: Exception = mail.InvalidMailer(in_mailers, alias=alias)
     return error
 
 
-def _check_type(name: str, value: object, alias: str | None) -> None:
-    expected, fits = TYPES[name]
+def check_type(
+    name: str,
+    value: object,
+    alias: str | None,
+    known: Mapping[str, Check] | None = None,
+    group: str = "ASYNC_SMTP",
+) -> None:
+    """
+    Check the type of an option's value.
+
+    :param known: the options with their types; ``TYPES`` where not given.
+    :param group: the setting that holds what Django has no setting for.
+    :raises OptionError: it is another one; ``InvalidMailer`` where there is an alias.
+    """
+    expected, fits = (known or TYPES)[name]
     if value is not None and not fits(value):
         problem = f"must be {expected}{_wrong_type(value, fits)}."
-        raise _unusable(alias, name, problem)
+        raise unusable(alias, name, problem, group)
 
 
 def _wrong_type(value: object, fits: Callable[[Any], bool]) -> str:
@@ -299,9 +349,14 @@ def _wrong_type(value: object, fits: Callable[[Any], bool]) -> str:
     return "" if any(map(fits, of_its_type)) else f", not {_type_name(value)}"
 
 
-def _unusable(alias: str | None, name: str, problem: str) -> Exception:
-    setting = DJANGO_SETTINGS.get(name, f"ASYNC_SMTP[{name!r}]")
-    return _error(f"The {name!r} option {problem}", f"{setting} {problem}", alias)
+def unusable(
+    alias: str | None, name: str, problem: str, group: str = "ASYNC_SMTP"
+) -> Exception:
+    """Return the error for an option that cannot be used."""
+    setting = DJANGO_SETTINGS.get(name, f"{group}[{name!r}]")
+    return setting_error(
+        f"The {name!r} option {problem}", f"{setting} {problem}", alias
+    )
 
 
 def _type_name(value: object) -> str:
@@ -316,11 +371,13 @@ def _closest(key: object, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
+    """Whether it is a string."""
     return isinstance(value, str)
 
 
-def _is_bool(value: object) -> bool:
+def is_bool(value: object) -> bool:
+    """Whether it is True or False."""
     return isinstance(value, bool)
 
 
@@ -332,12 +389,13 @@ def _is_seconds(value: Any) -> bool:
     return _is_number(value) and 0 < value < math.inf
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number, 1 or more."""
     return isinstance(value, int) and _is_number(value) and value >= 1
 
 
 def _is_count_or_0(value: Any) -> bool:
-    return value == 0 or _is_count(value)
+    return value == 0 or is_count(value)
 
 
 def _is_seconds_or_0(value: Any) -> bool:
@@ -385,13 +443,14 @@ EXTRA: Final[dict[str, Check]] = {
     "local_hostname": ("a host name in ASCII", _is_host_name),
     "source_address": ("a tuple (host, port)", _is_source_address),
     "ssl_cafile": ("a path", _is_path),
-    "max_connections": ("a number of connections, 1 or more", _is_count),
-    "max_messages": ("a number of messages, 1 or more", _is_count),
+    "max_connections": ("a number of connections, 1 or more", is_count),
+    "max_messages": ("a number of messages, 1 or more", is_count),
     "max_age": ("a number of seconds above 0", _is_seconds),
     "idle_timeout": ("a number of seconds, 0 or more", _is_seconds_or_0),
     "ping_after": ("a number of seconds, 0 or more", _is_seconds_or_0),
     "rate_limit": ("a number of messages a second above 0", _is_seconds),
-    "pipelining": ("True or False", _is_bool),
+    "rate_limit_cache": ("a string", is_text),
+    "pipelining": ("True or False", is_bool),
     "retries": ("a whole number, 0 or more", _is_count_or_0),
     "retry_deadline": ("a number of seconds above 0", _is_seconds),
     "fallbacks": ("a list of host names and dicts of options", _are_fallbacks),
@@ -401,12 +460,12 @@ EXTRA: Final[dict[str, Check]] = {
 ROUTE: Final = {"retries", "retry_deadline", "fallbacks"}
 
 TYPES: Final[dict[str, Check]] = {
-    "host": ("a string", _is_text),
+    "host": ("a string", is_text),
     "port": ("a port number", _is_port),
-    "username": ("a string", _is_text),
-    "password": ("a string", _is_text),
-    "use_tls": ("True or False", _is_bool),
-    "use_ssl": ("True or False", _is_bool),
+    "username": ("a string", is_text),
+    "password": ("a string", is_text),
+    "use_tls": ("True or False", is_bool),
+    "use_ssl": ("True or False", is_bool),
     "timeout": ("a number of seconds above 0", _is_seconds),
     "ssl_keyfile": ("a path", _is_path),
     "ssl_certfile": ("a path", _is_path),

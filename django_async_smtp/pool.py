@@ -124,9 +124,16 @@ class Pool:
         rate = self.options.rate_limit
         if rate is None:
             return
+        fleet, timeout = self.options.fleet, self.options.timeout
+        shared_wait = await fleet.wait_for(timeout) if fleet is not None else None
+        if shared_wait is not None:
+            if shared_wait > timeout:
+                raise self._rate_limited(rate)
+            await asyncio.sleep(shared_wait)
+            return
         wait = self._next_turn - self._loop.time() + self._in_turn / rate
-        if wait > self.options.timeout:
-            raise self._timeout(RateLimited, f"rate_limit lets {rate:g} a second")
+        if wait > timeout:
+            raise self._rate_limited(rate)
         self._in_turn += 1
         try:
             async with self._turns:
@@ -377,6 +384,9 @@ class Pool:
 
     def _taken(self) -> int:
         return len(self._in_use) + self._connecting + len(self._closing)
+
+    def _rate_limited(self, rate: float) -> PoolTimeout:
+        return self._timeout(RateLimited, f"rate_limit lets {rate:g} a second")
 
     def _timeout(self, kind: type[PoolTimeout], why: str) -> PoolTimeout:
         server, timeout = self.options.server, self.options.timeout

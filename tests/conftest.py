@@ -19,6 +19,7 @@ from django_async_smtp.options import DJANGO_SETTINGS, Options
 from .servers import MailServer, ScriptedServer
 
 OURS = "django_async_smtp.Backend"
+QUEUED = "django_async_smtp.QueuedBackend"
 DJANGOS = "django.core.mail.backends.smtp.EmailBackend"
 
 MakeBackend = Callable[..., Backend]
@@ -67,6 +68,19 @@ def server() -> Iterator[MailServer]:
     """A server without TLS and AUTH."""
     with MailServer() as running:
         yield running
+
+
+def configure_queue(settings: Any, smtp: dict[str, Any], **options: Any) -> None:
+    """Set a queue up as the project's mailer; its worker sends with ``smtp``."""
+    if hasattr(settings, "MAILERS"):
+        queue = {"BACKEND": QUEUED, "OPTIONS": {"mailer": "smtp", **options}}
+        settings.MAILERS = {
+            "default": queue,
+            "smtp": {"BACKEND": OURS, "OPTIONS": smtp},
+        }
+        return
+    configure(settings, QUEUED, **smtp)
+    settings.ASYNC_SMTP_QUEUE = options
 
 
 def configure(settings: Any, path: str, **options: Any) -> None:

@@ -20,8 +20,10 @@ from django.utils.translation import gettext_lazy
 import django_async_smtp
 from django_async_smtp import Backend, checks
 from django_async_smtp.options import TYPES, setting
+from django_async_smtp.tasks import engine
 
-from .conftest import DJANGOS, OURS, configure
+from .conftest import DJANGOS, OURS, QUEUED, configure, configure_queue
+from .engines import IMMEDIATE, LIBRARY
 from .settings import USES_MAILERS
 
 SECRET = "s3cr3t-p4ss"
@@ -906,3 +908,102 @@ print([message.id for message in run_checks(tags=["mail"])])
         check=False,
     )
     assert done.stdout.strip() == "['django_async_smtp.W007']", done.stderr
+
+
+# Queues.
+
+QUEUED_TASKS = f"{LIBRARY}.backends.dummy.DummyBackend"
+
+
+@pytest.fixture
+def tasks(settings: Any) -> None:
+    """TASKS with a backend that is not immediate."""
+    settings.TASKS = {"default": {"BACKEND": QUEUED_TASKS}}
+
+
+@pytest.mark.usefixtures("tasks")
+def test_a_queue_may_be_fine(settings: Any) -> None:
+    configure_queue(settings, FINE)
+    assert said() == []
+
+
+@pytest.mark.usefixtures("tasks")
+def test_what_the_worker_sends_through_is_checked(settings: Any) -> None:
+    configure_queue(settings, PLAIN)
+    assert ids(said()) == ["W001"]
+
+
+@pytest.mark.usefixtures("tasks")
+@pytest.mark.parametrize(
+    ("options", "problem", "hint"),
+    [
+        ({"batch_size": 0}, "must be a number of messages, 1 or more", "Correct"),
+        ({"batchsize": 5}, "batchsize", "batch_size"),
+    ],
+)
+def test_unusable_options_of_a_queue(
+    settings: Any, options: dict[str, Any], problem: str, hint: str
+) -> None:
+    configure_queue(settings, FINE, **options)
+    [message] = [one for one in said() if "E001" in str(one.id)]
+    assert problem in message.msg
+    assert hint in f"{message.msg} {message.hint}"
+
+
+@mailers
+@pytest.mark.usefixtures("tasks")
+@pytest.mark.parametrize("mailer", ["default", "missing", None])
+def test_a_mailer_that_is_not_there(settings: Any, mailer: str | None) -> None:
+    configure_queue(settings, FINE, mailer=mailer)
+    [message] = said()
+    assert ids([message]) == ["E001"]
+    assert "'mailer' option" in message.msg
+
+
+@mailers
+@pytest.mark.usefixtures("tasks")
+@pytest.mark.parametrize("path", [DJANGOS, QUEUED, "django.core.mail.backends.dummy.X"])
+def test_a_mailer_that_is_another_backend(settings: Any, path: str) -> None:
+    configure_queue(settings, FINE)
+    options = {"mailer": "default"} if path == QUEUED else {"host": "localhost"}
+    settings.MAILERS["smtp"] = {"BACKEND": path, "OPTIONS": options}
+    [message] = [one for one in said() if "E006" in str(one.id)][:1]
+    assert message.level == ERROR
+    assert "is not a django_async_smtp.Backend" in message.msg
+
+
+@pytest.mark.usefixtures("tasks")
+@pytest.mark.parametrize(
+    "options", [{"task_backend": "missing"}, {"queue_name": "missing"}]
+)
+def test_a_task_queue_that_is_not_there(settings: Any, options: Any) -> None:
+    configure_queue(settings, FINE, **options)
+    [message] = said()
+    assert (ids([message]), message.level) == (["E007"], ERROR)
+    assert message.msg.startswith("Mail cannot be queued: ")
+    assert "missing" in message.msg
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_tasks_that_are_immediate(settings: Any, debug: bool) -> None:
+    settings.TASKS = {"default": {"BACKEND": IMMEDIATE}}
+    settings.DEBUG = debug
+    configure_queue(settings, FINE)
+    assert ids(said()) == ([] if debug else ["W008"])
+
+
+def test_a_django_without_tasks(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "LIBRARIES", ("missing.tasks",))
+    configure_queue(settings, FINE)
+    [message] = said()
+    assert ids([message]) == ["E001"]
+    assert "pip install django-tasks" in message.msg
+
+
+@pytest.mark.parametrize("cache", ["LocMemCache", "redis.RedisCache"])
+def test_a_cache_that_cannot_count(settings: Any, cache: str) -> None:
+    where = "locmem.LocMemCache" if cache == "LocMemCache" else cache
+    path = f"django.core.cache.backends.{where}"
+    settings.CACHES = {"default": {"BACKEND": path, "LOCATION": "redis://localhost"}}
+    found = said_of(settings, **FINE, rate_limit=5, rate_limit_cache="default")
+    assert ids(found) == (["W009"] if cache == "LocMemCache" else [])

@@ -54,6 +54,7 @@ VALUES: dict[str, Any] = {
     "idle_timeout": 0,
     "ping_after": 0,
     "rate_limit": 2.5,
+    "rate_limit_cache": "default",
     "pipelining": False,
     "retries": 2,
     "retry_deadline": 10,

@@ -25,7 +25,7 @@ from django_async_smtp.diagnosis import STAGES, STATES, Finding, StageReport
 from django_async_smtp.management.commands import smtpcheck
 from django_async_smtp.management.commands.smtpcheck import EXIT_STATUS, WIDTH
 
-from .conftest import DJANGOS, OURS, configure
+from .conftest import DJANGOS, OURS, configure, configure_queue
 from .servers import (
     DEFAULT,
     PASSWORD,
@@ -513,6 +513,14 @@ def test_a_default_sender_that_is_no_address_is_told(
     assert "DEFAULT_FROM_EMAIL is not one address" in outcome.out
     assert {signs(outcome)[n] for n in ("sender", "recipient", "message")} == {"–"}  # noqa: RUF001
     assert not server.received
+
+
+@mailers
+def test_a_queue_names_the_mailer_to_check(settings: Any, server: MailServer) -> None:
+    configure_queue(settings, {"host": server.host, "port": server.port})
+    settings.DEBUG = True
+    outcome = run()
+    assert "queues mail for 'smtp': check --using smtp" in " ".join(outcome.out.split())
 
 
 def test_another_backend_has_nothing_to_check(settings: Any) -> None:

@@ -248,6 +248,9 @@ def _of_settings(alias: str, until: str | None) -> tuple[checks.Mailer, StageRep
         found = (*found, _of_slow_name(mailer, seconds))
     if not found and not mailer.servers:
         text = f"{mailer.path} does not send over SMTP: there is nothing to check"
+        if mailer.queue is not None:
+            sender = mailer.queue.mailer
+            text = f"{mailer.path} queues mail for {sender!r}: check --using {sender}"
         return mailer, StageReport("settings", (Finding(text, "skipped"),))
     if mailer.servers:
         found = (Finding(mailer.path), *found)
