@@ -9,9 +9,9 @@ PORT ?= 8000
 demo: $(VENV)/.ready
 	$(BIN)/python example_project/demo.py
 
-# The example project, in a browser: make serve PORT=9000
+# The example project, in a browser: make serve PORT=9000, make serve QUEUE=db
 serve: $(VENV)/.ready
-	@$(BIN)/python example_project/serve.py $(PORT)
+	@$(BIN)/python example_project/serve.py $(PORT) $(if $(QUEUE),--queue $(QUEUE))
 
 test: lint
 	$(BIN)/coverage erase

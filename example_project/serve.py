@@ -1,8 +1,9 @@
 """
 The site, with a mail server of its own, on http://127.0.0.1:8000 or another port:
 
-    python example_project/serve.py [PORT]
+    python example_project/serve.py [PORT] [--queue db]
 
+With a queue, a worker in a process of its own sends the mail.
 What it keeps is in a temporary folder, and ends with it.
 """
 
@@ -12,9 +13,11 @@ import argparse
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +30,7 @@ DEFAULT_PORT: Final = 8000
 GRACE: Final = 3
 
 
-def main(port: int) -> None:
+def main(port: int, queue: str) -> None:
     # As Ctrl-C, it leaves through what is to be ended.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:
@@ -48,10 +51,12 @@ def main(port: int) -> None:
                 SMTP_LOCAL_HOSTNAME="www.example.com",
                 EXPIRED_PORT=str(expired.port),
                 NEWSLETTER_USER=NEWSLETTER_USER,
+                QUEUE=queue,
             )
             django.setup()
             password = prepare_database()
-            serve(port, password)
+            with worker() if queue else nullcontext():
+                serve(port, password)
 
 
 def prepare_database() -> str:
@@ -64,6 +69,23 @@ def prepare_database() -> str:
     users: Any = get_user_model().objects
     users.create_superuser("admin", "admin@example.com", password)
     return password
+
+
+@contextmanager
+def worker() -> Iterator[None]:
+    """Run a worker of the task queue."""
+    manage = Path(__file__).with_name("manage.py")
+    options = ["--interval=0.1", "--no-startup-delay", "--verbosity=0"]
+    process = subprocess.Popen([sys.executable, manage, "db_worker", *options])  # noqa: S603
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def serve(port: int, password: str) -> None:
@@ -109,4 +131,6 @@ class Server(uvicorn.Server):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Serve the example project.")
     parser.add_argument("port", nargs="?", type=int, default=DEFAULT_PORT)
-    main(parser.parse_args().port)
+    parser.add_argument("--queue", choices=["db"], default="", help="send through it")
+    arguments = parser.parse_args()
+    main(arguments.port, arguments.queue)

@@ -7,7 +7,7 @@ from typing import Any
 from django.conf import settings
 from django.core import mail
 
-from django_async_smtp import Backend
+from django_async_smtp import Backend, QueuedBackend
 
 DEFAULT = "default"
 
@@ -24,6 +24,14 @@ def backend(alias: str) -> Any:
     if alias == DEFAULT:
         return mail.get_connection()
     return Backend(**settings.BROKEN_MAILERS[alias])
+
+
+def smtp_backend(alias: str) -> Any:
+    """Return a new backend that sends: that of the worker, where mail is queued."""
+    found = backend(alias)
+    if not isinstance(found, QueuedBackend):
+        return found
+    return mail.mailers[found.queue.mailer] if found.queue.mailer else Backend()
 
 
 def through(alias: str) -> dict[str, Any]:

@@ -80,6 +80,12 @@ CA_FILE = os.environ.get("SMTP_CA_FILE")
 # Said in EHLO; this machine's own name where it is None.
 OWN_NAME = os.environ.get("SMTP_LOCAL_HOSTNAME")
 
+# "db": a worker of django-tasks-db sends the mail.
+QUEUE = os.environ.get("QUEUE", "")
+if QUEUE == "db":
+    INSTALLED_APPS += ["django_tasks_db"]
+    TASKS = {"default": {"BACKEND": "django_tasks_db.DatabaseBackend"}}
+
 # What the page "Settings" shows of failures; nothing to copy.
 BROKEN_MAILERS = broken_mailers(
     host=HOST,
@@ -106,12 +112,18 @@ if django.VERSION >= (6, 1):
             },
         },
     }
+    if QUEUE:
+        MAILERS["smtp"] = MAILERS["default"]
+        MAILERS["default"] = {
+            "BACKEND": "django_async_smtp.QueuedBackend",
+            "OPTIONS": {"mailer": "smtp"},
+        }
     MAILERS |= {
         broken: {"BACKEND": "django_async_smtp.Backend", "OPTIONS": options}
         for broken, options in BROKEN_MAILERS.items()
     }
 else:
-    EMAIL_BACKEND = "django_async_smtp.Backend"
+    EMAIL_BACKEND = f"django_async_smtp.{'Queued' if QUEUE else ''}Backend"
     EMAIL_HOST = HOST
     EMAIL_PORT = PORT
     EMAIL_HOST_USER = USER

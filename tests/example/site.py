@@ -72,10 +72,12 @@ class Site:
     """
     ``serve.py`` on a free port.
 
+    :param options: further arguments of it.
     :ivar errors: what it wrote to standard error, once it has ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
+        self._options = options
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.errors = ""
@@ -83,7 +85,12 @@ class Site:
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
-            [sys.executable, "example_project/serve.py", str(self.port)],
+            [
+                sys.executable,
+                "example_project/serve.py",
+                str(self.port),
+                *self._options,
+            ],
             cwd=ROOT,
             env=environment(),
             stdout=subprocess.PIPE,

@@ -20,7 +20,7 @@ from django_async_smtp.diagnosis import Finding, StageReport, diagnose
 from django_async_smtp.options import Options
 
 from ..events import Event, event_stream
-from ..mailers import aliases, backend
+from ..mailers import aliases, smtp_backend
 
 # Seconds for a mailer, all stages together.
 TIMEOUT: Final = 15.0
@@ -78,7 +78,7 @@ async def _reports(alias: str) -> AsyncGenerator[StageReport, None]:
 def _server(alias: str) -> tuple[Options, float]:
     """Return what the settings come to, and the seconds that it took."""
     start = time.monotonic()
-    server: Options = backend(alias).route().servers[0]
+    server: Options = smtp_backend(alias).route().servers[0]
     return server, time.monotonic() - start
 
 
