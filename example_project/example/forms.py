@@ -12,7 +12,7 @@ from django.core.mail import EmailMessage
 from django.core.validators import validate_email
 from django.template.defaultfilters import filesizeformat
 
-from .mailers import aliases
+from .mailers import aliases, backend, through
 
 MOST_RECIPIENTS: Final = 10
 SUBJECT_LENGTH: Final = 200
@@ -117,6 +117,14 @@ class ContactForm(_Accessible):
     def clean_mailer(self) -> str:
         """Return the first where none was chosen."""
         return self.cleaned_data["mailer"] or aliases()[0]
+
+    def using(self) -> dict[str, Any]:
+        """Return the argument that makes ``send_mail()`` take the mailer."""
+        return through(self.cleaned_data["mailer"])
+
+    def backend(self) -> Any:
+        """Return a new backend of the mailer."""
+        return backend(self.cleaned_data["mailer"])
 
     def email(self) -> EmailMessage:
         """Return the message with its attachment, for which send_mail() has no way."""
