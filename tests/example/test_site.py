@@ -403,7 +403,7 @@ def manage(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_examples_own_tests_pass() -> None:
     done = manage("test")
     assert done.returncode == 0, done.stderr
-    assert "Ran 5 tests" in done.stderr
+    assert "Ran 6 tests" in done.stderr
 
 
 def test_no_migration_is_missing() -> None:
