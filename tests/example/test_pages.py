@@ -178,7 +178,7 @@ def test_wrong_input_is_said_at_the_field(browser: Any, site: Site) -> None:
     wait_for(browser, "Nothing was sent yet")
     field = one(browser, "[name=to]")
     assert field.get_attribute("aria-invalid") == "true"
-    error = field.get_attribute("aria-describedby").split()[0]
+    _, error = field.get_attribute("aria-describedby").split()
     assert "is not an email address" in text(browser, f"#{error}")
     assert one(browser, "[name=subject]").get_attribute("value") == "Kept"
     fits(browser, "wrong-input")
@@ -190,7 +190,7 @@ def test_a_file_above_the_limit_is_refused_at_once(
     large = tmp_path / "large.bin"
     large.write_bytes(bytes(2**20 + 1))
     fill_in(browser, site, attachment=str(large))
-    wait_for(browser, "too large; the limit is 1 MB", "#attachment-error")
+    wait_for(browser, "too large; the limit is 1 MB", "#id_attachment_error")
     press(browser, SYNC)
     assert browser.current_url == f"{site.address}/"
 

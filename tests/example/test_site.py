@@ -29,13 +29,14 @@ def arrived(site: Site) -> list[str]:
 
 def is_wrong(page: Page, field: str, why: str) -> bool:
     """Whether a page says of a field, and at it, why its value is refused."""
+    error = f"id_{field}_error"
     (tag,) = re.findall(rf'<(?:input|textarea)[^>]* name="{field}"[^>]*>', page.html)
-    (said,) = re.findall(rf'<p class="wrong" id="{field}-error">(.*?)</p>', page.html)
+    (said,) = re.findall(rf'<p class="wrong" id="{error}">(.*?)</p>', page.html)
     described = re.search(r'aria-describedby="([^"]*)"', tag)
     return (
         'aria-invalid="true"' in tag
         and described is not None
-        and f"{field}-error" in described[1].split()
+        and error in described[1].split()
         and why in said
     )
 
