@@ -215,6 +215,13 @@ def test_the_settings_page_shows_the_hint_for_a_wrong_password(
     assert "AUTH refused" in card
     assert "The server refused" in card
     assert "works" in text(browser, "[data-mailer=default]")
+    signs = browser.find_elements("css selector", "[data-mailer=wrong-port] .sign")
+    assert [sign.accessible_name for sign in signs] == [
+        "ok",
+        "ok",
+        "failed",
+        *["skipped"] * 5,
+    ]
     bars = browser.find_elements("css selector", "[data-mailer=default] [data-bar]")
     assert len(bars) == 8
     assert all(float(bar.get_attribute("width")) > 0 for bar in bars)
