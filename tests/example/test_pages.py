@@ -277,9 +277,18 @@ def test_a_race_can_be_stopped_and_run_again(browser: Any, site: Site) -> None:
     wait_until(has_ended, 20)
 
 
+def test_a_race_that_the_server_ends_is_said_to_be_broken_off(browser: Any) -> None:
+    with Site() as own:
+        start_race(browser, own, messages=500, round_trip=100)
+        wait_for(browser, "They run.", "[data-said]")
+        assert own.end() == 0
+        wait_for(browser, "The race was broken off.", "[data-said]")
+        assert one(browser, "[data-start]").is_enabled()
+
+
 def test_a_race_says_what_is_wrong_at_the_field(site: Site, chrome: Any) -> None:
     start_race(chrome, site, messages=5, round_trip=20)
-    wait_for(chrome, "greater than or equal to 10", "#messages-error")
+    wait_for(chrome, "greater than or equal to 10", "#id_messages_error")
     field = one(chrome, "[name=messages]")
     assert field.get_attribute("aria-invalid") == "true"
     # The browser notes the answer's status, 400.
