@@ -19,7 +19,7 @@ follow(
       if (mail.number <= known) return;
       known = mail.number;
       const row = template.content.cloneNode(true);
-      fill(row, "field", { ...mail, url: undefined });
+      fill(row, "field", mail);
       row.querySelector("a").href = mail.url;
       localize(row.querySelector("time"), mail.iso);
       row.querySelector("li").classList.add("is-new");
