@@ -240,8 +240,10 @@ def test_a_message_with_an_unknown_character_set_can_be_read(
         b"no headers at all",
         b"Subject: \xff=?utf-8?q?=ff?=\n\n\xff\0",
         b"From: <<<>>>,,;:\nTo: (((\nDate: never\n\nx",
+        b"To: =?utf-8?q?=0D=0ABcc:x?=\nCc: a@[\nReply-To: =?utf-8?b?!?=\n\nx",
         b"Content-Type: multipart/mixed\n\nonly claimed",
         b"Content-Type: message/rfc822\n\nSubject: inner\n\nx",
+        MULTIPART + b"Content-Type: multipart/related\n\nonly claimed\n--x--",
         MULTIPART + b"Content-Type: message/rfc822\n\nSubject: \xff\n\nx\n--x--",
         MULTIPART
         + b"Content-Type: multipart/mixed; boundary=y\n\n--y\n\nz\n--y--\n--x--",

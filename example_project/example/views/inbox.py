@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from email.message import EmailMessage
+from email.policy import default as policy
 from typing import Any, Final
 
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
@@ -65,10 +66,10 @@ def message(request: HttpRequest, number: int) -> HttpResponse:
     """Show a message: its headers, text, HTML and attachments."""
     received = _received(number)
     mail = received.parsed()
-    text, html = mail.get_body(("plain",)), mail.get_body(("html",))
+    text, html = _body(mail, "plain"), _body(mail, "html")
     context = {
         "received": received,
-        "headers": [(name, str(value)) for name, value in mail.items()],
+        "headers": [(name, _value(name, raw)) for name, raw in mail.raw_items()],
         "text": _content(text) if text is not None else None,
         "has_html": html is not None,
         "attachments": [
@@ -83,7 +84,7 @@ def message(request: HttpRequest, number: int) -> HttpResponse:
 @xframe_options_sameorigin
 def message_html(request: HttpRequest, number: int) -> HttpResponse:
     """Return a message's HTML, for a sandboxed frame."""
-    html = _received(number).parsed().get_body(("html",))
+    html = _body(_received(number).parsed(), "html")
     if html is None:
         raise Http404
     response = HttpResponse(_content(html))
@@ -124,6 +125,23 @@ def _row(received: Received) -> dict[str, Any]:
         "iso": received.at.isoformat(timespec="seconds"),
         "size": f"{received.size / 1000:.1f} kB",
     }
+
+
+def _value(name: str, raw: str) -> str:
+    """Return a header's value, decoded; as it came where that is beyond Python."""
+    try:
+        return str(policy.header_fetch_parse(name, raw))
+    except Exception:
+        # Its parser of addresses fails on some that are malformed, in many ways.
+        return raw.encode(errors="replace").decode()
+
+
+def _body(mail: EmailMessage, kind: str) -> Any:
+    try:
+        return mail.get_body((kind,))
+    except AttributeError:
+        # A part may only claim to have parts.
+        return None
 
 
 def _content(part: Any) -> str:
