@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import smtplib
@@ -336,6 +337,21 @@ def test_one_race_at_a_time_and_none_without_a_client(site: Site) -> None:
                 break
     assert len(racers) in (0, 4)
     assert not set(racers) & set(processes_of(site))
+
+
+def test_a_race_ends_with_a_racer_that_fails(site: Site) -> None:
+    with site.stream("/race/run/", {"messages": 500, "round_trip": 100}) as stream:
+        stream.until("progress")
+        racers = [pid for pid in processes_of(site) if "racer" in command_of(pid)]
+        if not racers:
+            pytest.skip("needs /proc")
+        os.kill(int(racers[0]), signal.SIGKILL)
+        *_, (name, data) = stream
+    assert (name, data["why"]) == ("broken", "A racer has failed.")
+
+
+def command_of(pid: str) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 def processes_of(site: Site) -> list[str]:
