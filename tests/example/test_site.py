@@ -62,6 +62,19 @@ def test_what_is_not_there_is_said_to_be_so(site: Site) -> None:
         assert "Not here" in page.text
 
 
+@pytest.mark.parametrize("path", ["../settings.py", "%2e%2e/settings.py", "a%00b"])
+def test_static_files_are_those_of_their_folder(site: Site, path: str) -> None:
+    assert site.get(f"/static/example/{path}").status == 404
+    assert site.get("/static/example/site.css").status == 200
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_every_page_answers_head(site: Site, path: str) -> None:
+    page = site.head(path)
+    assert page.status == 200
+    assert page.content == b""
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_message_arrives_and_its_delivery_is_shown(site: Site, view: str) -> None:
     before = len(arrived(site))

@@ -8,7 +8,7 @@ from django.conf import settings
 from django.core.mail import send_mail
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
-from django.views.decorators.http import require_GET
+from django.views.decorators.http import require_safe
 
 from django_async_smtp import SMTPError, asend_mail
 
@@ -51,7 +51,7 @@ async def contact_async(request: HttpRequest) -> HttpResponse:
     return redirect(just_sent() or "inbox")
 
 
-@require_GET
+@require_safe
 def compose(request: HttpRequest) -> HttpResponse:
     """Show the form, empty."""
     return compose_page(request, ContactForm())
@@ -74,7 +74,7 @@ def compose_page(
     return render(request, "example/compose.html", context)
 
 
-@require_GET
+@require_safe
 def sent(request: HttpRequest, number: int) -> HttpResponse:
     """Show what became of a message."""
     mail = get_object_or_404(SentMail, pk=number)

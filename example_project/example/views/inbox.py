@@ -14,7 +14,7 @@ from django.shortcuts import render
 from django.urls import reverse
 from django.utils.http import content_disposition_header
 from django.views.decorators.clickjacking import xframe_options_sameorigin
-from django.views.decorators.http import require_GET
+from django.views.decorators.http import require_GET, require_safe
 from mailserver import INBOX, KEPT, Received
 
 from ..events import Event, event_stream
@@ -27,7 +27,7 @@ MAIL_POLICY: Final = (
 )
 
 
-@require_GET
+@require_safe
 def inbox(request: HttpRequest) -> HttpResponse:
     """List what was received, the newest first."""
     received = list(INBOX)
@@ -61,7 +61,7 @@ async def _arrivals(known: int) -> AsyncGenerator[Event, None]:
             await arrived.wait()
 
 
-@require_GET
+@require_safe
 def message(request: HttpRequest, number: int) -> HttpResponse:
     """Show a message: its headers, text, HTML and attachments."""
     received = _received(number)
@@ -80,7 +80,7 @@ def message(request: HttpRequest, number: int) -> HttpResponse:
     return render(request, "example/message.html", context)
 
 
-@require_GET
+@require_safe
 @xframe_options_sameorigin
 def message_html(request: HttpRequest, number: int) -> HttpResponse:
     """Return a message's HTML, for a sandboxed frame."""
@@ -92,7 +92,7 @@ def message_html(request: HttpRequest, number: int) -> HttpResponse:
     return response
 
 
-@require_GET
+@require_safe
 def attachment(request: HttpRequest, number: int, index: int) -> HttpResponseBase:
     """Return an attachment, only to be saved."""
     parts = _attachments(_received(number).parsed())
