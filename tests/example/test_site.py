@@ -9,6 +9,7 @@ import signal
 import smtplib
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,16 @@ def test_a_message_arrives_and_its_delivery_is_shown(site: Site, view: str) -> N
     newest, *older = arrived(site)
     assert len(older) == before
     assert "From hello@example.com to ada@example.org" in site.get(newest).text
+
+
+def test_everybody_is_shown_their_own_delivery(site: Site) -> None:
+    def is_shown_own(number: int) -> bool:
+        name = f"reader{number}@example.org"
+        page = site.post(VIEWS[number % 2], **FORM | {"to": name})
+        return f"accepted {name}" in page.text
+
+    with ThreadPoolExecutor(6) as at_once:
+        assert all(at_once.map(is_shown_own, range(18)))
 
 
 @pytest.mark.parametrize("view", VIEWS)
