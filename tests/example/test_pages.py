@@ -307,6 +307,22 @@ def test_the_pool_page_is_live(browser: Any, site: Site) -> None:
     wait_until(lambda: gauges(browser).get("idle") == 5)
 
 
+def test_live_pages_leave_room_for_other_tabs(browser: Any, site: Site) -> None:
+    first = browser.current_window_handle
+    browser.get(f"{site.address}/inbox/")
+    # More than a browser has connections for.
+    for _ in range(7):
+        browser.switch_to.new_window("tab")
+        browser.get(f"{site.address}/inbox/")
+        wait_for(browser, "live", "[data-live]")
+    for tab in set(browser.window_handles) - {first}:
+        browser.switch_to.window(tab)
+        browser.close()
+    browser.switch_to.window(first)
+    site.post("/contact/", **FORM | {"subject": "While nobody looked"})
+    wait_for(browser, "While nobody looked", ".mails li:first-child")
+
+
 def gauges(browser: Any) -> dict[str, int]:
     """Return the figures of the server that is in most use."""
     cards: list[dict[str, int]] = browser.execute_script(

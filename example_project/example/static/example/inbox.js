@@ -1,6 +1,6 @@
 // Puts what arrives on top of the list.
 
-import { fill, follow, localize } from "./events.js";
+import { fill, followWhileSeen, localize } from "./events.js";
 
 const list = document.querySelector("[data-mails]");
 const template = document.querySelector("[data-row]");
@@ -11,7 +11,7 @@ let known = Number(newest);
 
 for (const time of list.querySelectorAll("time")) localize(time);
 
-follow(
+followWhileSeen(
   `${events}?after=${newest}`,
   {
     mail(mail) {

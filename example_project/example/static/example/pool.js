@@ -1,7 +1,7 @@
 // Shows the pool's figures as they change.
 
 import { draw } from "./chart.js";
-import { fill, follow, localize } from "./events.js";
+import { fill, followWhileSeen, localize } from "./events.js";
 
 // Seconds that the chart shows, and between two points.
 const SHOWN = 30;
@@ -74,5 +74,5 @@ send.addEventListener("submit", async (event) => {
   button.disabled = false;
 });
 
-follow(container.dataset.events, { pool: show }, document.querySelector("[data-live]"));
+followWhileSeen(container.dataset.events, { pool: show }, document.querySelector("[data-live]"));
 setInterval(() => cards.forEach(note), STEP * 1000);
