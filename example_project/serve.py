@@ -23,6 +23,9 @@ from typing import Any, Final
 
 import django
 import uvicorn
+from django.contrib.staticfiles.handlers import ASGIStaticFilesHandler
+from django.core.exceptions import SuspiciousFileOperation
+from django.http import Http404, HttpRequest
 from mailserver import HOST, NEWSLETTER_USER, PASSWORD, USER, Authority, MailServer
 
 DEFAULT_PORT: Final = 8000
@@ -90,12 +93,11 @@ def worker() -> Iterator[None]:
 
 def serve(port: int, password: str) -> None:
     """Serve until a signal comes."""
-    from django.contrib.staticfiles.handlers import ASGIStaticFilesHandler
     from example.asgi import application
 
     # On this machine alone, as the accounts and passwords are.
     config = uvicorn.Config(
-        ASGIStaticFilesHandler(application),
+        StaticFiles(application),
         host=HOST,
         port=port,
         lifespan="off",
@@ -103,6 +105,17 @@ def serve(port: int, password: str) -> None:
         timeout_graceful_shutdown=GRACE,
     )
     Server(config, password).run()
+
+
+class StaticFiles(ASGIStaticFilesHandler):
+    """Serves the apps' files, for which a site has a web server otherwise."""
+
+    def serve(self, request: HttpRequest) -> Any:
+        try:
+            return super().serve(request)
+        except SuspiciousFileOperation as error:
+            # A path that leads out of the folders; Django's answer is a 500.
+            raise Http404 from error
 
 
 class Server(uvicorn.Server):

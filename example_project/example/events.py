@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from django.http import StreamingHttpResponse
 
@@ -14,7 +15,10 @@ Event = tuple[str, Any]
 # Seconds without an event after which a comment says that the stream is there.
 HEARTBEAT: Final = 15.0
 
-_ending = asyncio.Event()
+# An event belongs to the loop that waits for it: a server has one, tests have many.
+_endings: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Event] = (
+    WeakKeyDictionary()
+)
 
 
 def event_stream(events: AsyncGenerator[Event, None]) -> StreamingHttpResponse:
@@ -34,12 +38,16 @@ def event_stream(events: AsyncGenerator[Event, None]) -> StreamingHttpResponse:
 
 
 def end_streams() -> None:
-    """End all streams for good: the server stops, and waits for them."""
-    _ending.set()
+    """End all streams of this loop for good: the server stops, and waits for them."""
+    _ending().set()
+
+
+def _ending() -> asyncio.Event:
+    return _endings.setdefault(asyncio.get_running_loop(), asyncio.Event())
 
 
 async def _encoded(events: AsyncGenerator[Event, None]) -> AsyncGenerator[str, None]:
-    ending: asyncio.Future[Any] = asyncio.ensure_future(_ending.wait())
+    ending: asyncio.Future[Any] = asyncio.ensure_future(_ending().wait())
     following = _next(events)
     try:
         while True:

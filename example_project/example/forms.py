@@ -12,7 +12,7 @@ from django.core.mail import EmailMessage
 from django.core.validators import validate_email
 from django.template.defaultfilters import filesizeformat
 
-from .mailers import aliases
+from .mailers import aliases, backend, through
 
 MOST_RECIPIENTS: Final = 10
 SUBJECT_LENGTH: Final = 200
@@ -72,25 +72,11 @@ class AttachmentField(forms.FileField):
         return super().clean(data, initial)
 
 
-class _Accessible(forms.Form):
-    """Its own layout, in which errors stand at their fields."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        for name, field in self.fields.items():
-            notes = [f"{name}-help"] if field.help_text else []
-            if self.is_bound and name in self.errors:
-                notes.insert(0, f"{name}-error")
-                field.widget.attrs["aria-invalid"] = "true"
-            if notes:
-                field.widget.attrs["aria-describedby"] = " ".join(notes)
-
-
 def _mailers() -> list[tuple[str, str]]:
     return [(alias, alias) for alias in aliases()]
 
 
-class ContactForm(_Accessible):
+class ContactForm(forms.Form):
     """A message to send, and the mailer that it takes."""
 
     to = AddressesField(
@@ -118,6 +104,14 @@ class ContactForm(_Accessible):
         """Return the first where none was chosen."""
         return self.cleaned_data["mailer"] or aliases()[0]
 
+    def using(self) -> dict[str, Any]:
+        """Return the argument that makes ``send_mail()`` take the mailer."""
+        return through(self.cleaned_data["mailer"])
+
+    def backend(self) -> Any:
+        """Return a new backend of the mailer."""
+        return backend(self.cleaned_data["mailer"])
+
     def email(self) -> EmailMessage:
         """Return the message with its attachment, for which send_mail() has no way."""
         mail = self.cleaned_data
@@ -131,7 +125,7 @@ class ContactForm(_Accessible):
         return message
 
 
-class RaceForm(_Accessible):
+class RaceForm(forms.Form):
     """How many messages, and how far away the server is."""
 
     messages = forms.IntegerField(

@@ -8,6 +8,7 @@ import keyword
 import token
 import tokenize
 from collections.abc import Callable
+from functools import cache
 from itertools import accumulate
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ CLASSES: Final = {
 }
 
 
+@cache
 def highlighted(function: Callable[..., Any]) -> SafeString:
     """Return a function's source as HTML, escaped, with spans around its tokens."""
     text = inspect.getsource(function)

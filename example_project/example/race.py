@@ -60,6 +60,11 @@ async def _run(racers: list[_Racer]) -> AsyncGenerator[Event, None]:
     try:
         while not all(task.done() for task in reading):
             await asyncio.wait(reading, timeout=INTERVAL)
+            # Asked of each: an exception that nobody has seen is logged at the end.
+            failures = [task.exception() for task in reading if task.done()]
+            if any(failures):
+                yield "broken", {"why": "A racer has failed."}
+                return
             passed = time.monotonic() - start
             yield "progress", {"seconds": passed, **{r.name: r.sent for r in racers}}
             if passed > TIMEOUT:
@@ -69,9 +74,6 @@ async def _run(racers: list[_Racer]) -> AsyncGenerator[Event, None]:
         for task in reading:
             task.cancel()
         await asyncio.wait(reading)
-    if any(task.exception() for task in reading):
-        yield "broken", {"why": "A racer has failed."}
-        return
     yield "end", {racer.name: racer.seconds for racer in racers}
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Final
 
+from asgiref.sync import iscoroutinefunction
 from django.core.mail import EmailMessage
 
 from django_async_smtp import Delivery, post_send
@@ -57,12 +59,35 @@ def record(
         rows.append(row)
 
 
+def just_sent() -> SentMail | None:
+    """Return the row of what a view that is ``recording`` has sent first."""
+    rows = _recorded.get()
+    return rows[0] if rows else None
+
+
+def recording(view: Callable[..., Any]) -> Callable[..., Any]:
+    """Have ``just_sent`` tell what a view, sync or async, sends."""
+    if iscoroutinefunction(view):
+
+        @wraps(view)
+        async def asynchronous(*args: Any, **kwargs: Any) -> Any:
+            with _recording():
+                return await view(*args, **kwargs)
+
+        return asynchronous
+
+    @wraps(view)
+    def synchronous(*args: Any, **kwargs: Any) -> Any:
+        with _recording():
+            return view(*args, **kwargs)
+
+    return synchronous
+
+
 @contextmanager
-def recorded() -> Iterator[list[SentMail]]:
-    """Collect the rows of what the block sends; in a sync or an async view."""
-    rows: list[SentMail] = []
-    token = _recorded.set(rows)
+def _recording() -> Iterator[None]:
+    token = _recorded.set([])
     try:
-        yield rows
+        yield
     finally:
         _recorded.reset(token)

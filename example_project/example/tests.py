@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 import django
 from django.core import mail
-from django.test import TestCase, override_settings
+from django.test import SimpleTestCase, TestCase, override_settings
 from mailserver import HOST, PASSWORD, USER, Authority, Inbox, MailServer
 
+from .events import Event, event_stream
 from .models import SentMail
 
 FORM = {"to": "ada@example.org", "subject": "Hello", "text": "It works."}
@@ -63,6 +66,25 @@ class RealBackendTests(TestCase):
         response = self.client.post("/contact/", {**FORM, "to": "nobody@example.org"})
         self.assertContains(response, "user unknown")
         self.assertEqual(SentMail.objects.get().state, "refused")
+
+
+class EventTests(SimpleTestCase):
+    """A stream of server-sent events, without a server."""
+
+    def test_events_come_in_order_on_any_loop(self) -> None:
+        async def events() -> AsyncGenerator[Event, None]:
+            yield "first", {"subject": "Hello"}
+            yield "last", None
+
+        async def read() -> bytes:
+            parts: Any = event_stream(events())
+            return b"".join([part async for part in parts])
+
+        expected = b'event: first\ndata: {"subject": "Hello"}\n\n'
+        expected += b"event: last\ndata: null\n\n"
+        # As a test runner does, and a server does not.
+        for _ in range(2):
+            self.assertEqual(asyncio.run(read()), expected)
 
 
 def mail_settings(server: MailServer, authority: Authority) -> dict[str, Any]:

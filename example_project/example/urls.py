@@ -5,12 +5,13 @@ from django.templatetags.static import static
 from django.urls import path
 from django.views.generic import RedirectView
 
+from .receivers import recording
 from .views import compose, inbox, pool, race, settings
 
 urlpatterns = [
     path("", compose.compose, name="compose"),
-    path("contact/", compose.contact, name="contact"),
-    path("contact-async/", compose.contact_async, name="contact-async"),
+    path("contact/", recording(compose.contact), name="contact"),
+    path("contact-async/", recording(compose.contact_async), name="contact-async"),
     path("sent/<int:number>/", compose.sent, name="sent"),
     path("inbox/", inbox.inbox, name="inbox"),
     path("inbox/events/", inbox.inbox_events, name="inbox-events"),

@@ -150,6 +150,9 @@ class Site:
         cookies = f"csrftoken={CSRF_TOKEN}; {self._session}"
         return self._ask("GET", path, headers={"Cookie": cookies, **headers})
 
+    def head(self, path: str) -> Page:
+        return self._ask("HEAD", path)
+
     def post(self, path: str, token: str = CSRF_TOKEN, **form: Any) -> Page:
         return self._ask("POST", path, _form(form, token), FORM_TYPE)
 

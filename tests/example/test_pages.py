@@ -178,7 +178,7 @@ def test_wrong_input_is_said_at_the_field(browser: Any, site: Site) -> None:
     wait_for(browser, "Nothing was sent yet")
     field = one(browser, "[name=to]")
     assert field.get_attribute("aria-invalid") == "true"
-    error = field.get_attribute("aria-describedby").split()[0]
+    _, error = field.get_attribute("aria-describedby").split()
     assert "is not an email address" in text(browser, f"#{error}")
     assert one(browser, "[name=subject]").get_attribute("value") == "Kept"
     fits(browser, "wrong-input")
@@ -190,7 +190,7 @@ def test_a_file_above_the_limit_is_refused_at_once(
     large = tmp_path / "large.bin"
     large.write_bytes(bytes(2**20 + 1))
     fill_in(browser, site, attachment=str(large))
-    wait_for(browser, "too large; the limit is 1 MB", "#attachment-error")
+    wait_for(browser, "too large; the limit is 1 MB", "#id_attachment_error")
     press(browser, SYNC)
     assert browser.current_url == f"{site.address}/"
 
@@ -215,6 +215,13 @@ def test_the_settings_page_shows_the_hint_for_a_wrong_password(
     assert "AUTH refused" in card
     assert "The server refused" in card
     assert "works" in text(browser, "[data-mailer=default]")
+    signs = browser.find_elements("css selector", "[data-mailer=wrong-port] .sign")
+    assert [sign.accessible_name for sign in signs] == [
+        "ok",
+        "ok",
+        "failed",
+        *["skipped"] * 5,
+    ]
     bars = browser.find_elements("css selector", "[data-mailer=default] [data-bar]")
     assert len(bars) == 8
     assert all(float(bar.get_attribute("width")) > 0 for bar in bars)
@@ -270,9 +277,18 @@ def test_a_race_can_be_stopped_and_run_again(browser: Any, site: Site) -> None:
     wait_until(has_ended, 20)
 
 
+def test_a_race_that_the_server_ends_is_said_to_be_broken_off(browser: Any) -> None:
+    with Site() as own:
+        start_race(browser, own, messages=500, round_trip=100)
+        wait_for(browser, "They run.", "[data-said]")
+        assert own.end() == 0
+        wait_for(browser, "The race was broken off.", "[data-said]")
+        assert one(browser, "[data-start]").is_enabled()
+
+
 def test_a_race_says_what_is_wrong_at_the_field(site: Site, chrome: Any) -> None:
     start_race(chrome, site, messages=5, round_trip=20)
-    wait_for(chrome, "greater than or equal to 10", "#messages-error")
+    wait_for(chrome, "greater than or equal to 10", "#id_messages_error")
     field = one(chrome, "[name=messages]")
     assert field.get_attribute("aria-invalid") == "true"
     # The browser notes the answer's status, 400.
@@ -289,6 +305,22 @@ def test_the_pool_page_is_live(browser: Any, site: Site) -> None:
     wait_until(lambda: gauges(browser).get("waiting", 0) > 0)
     fits(browser, "pool")
     wait_until(lambda: gauges(browser).get("idle") == 5)
+
+
+def test_live_pages_leave_room_for_other_tabs(browser: Any, site: Site) -> None:
+    first = browser.current_window_handle
+    browser.get(f"{site.address}/inbox/")
+    # More than a browser has connections for.
+    for _ in range(7):
+        browser.switch_to.new_window("tab")
+        browser.get(f"{site.address}/inbox/")
+        wait_for(browser, "live", "[data-live]")
+    for tab in set(browser.window_handles) - {first}:
+        browser.switch_to.window(tab)
+        browser.close()
+    browser.switch_to.window(first)
+    site.post("/contact/", **FORM | {"subject": "While nobody looked"})
+    wait_for(browser, "While nobody looked", ".mails li:first-child")
 
 
 def gauges(browser: Any) -> dict[str, int]:

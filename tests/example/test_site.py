@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import smtplib
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,14 @@ def arrived(site: Site) -> list[str]:
 
 def is_wrong(page: Page, field: str, why: str) -> bool:
     """Whether a page says of a field, and at it, why its value is refused."""
+    error = f"id_{field}_error"
     (tag,) = re.findall(rf'<(?:input|textarea)[^>]* name="{field}"[^>]*>', page.html)
-    (said,) = re.findall(rf'<p class="wrong" id="{field}-error">(.*?)</p>', page.html)
+    (said,) = re.findall(rf'<p class="wrong" id="{error}">(.*?)</p>', page.html)
     described = re.search(r'aria-describedby="([^"]*)"', tag)
     return (
         'aria-invalid="true"' in tag
         and described is not None
-        and f"{field}-error" in described[1].split()
+        and error in described[1].split()
         and why in said
     )
 
@@ -60,6 +63,19 @@ def test_what_is_not_there_is_said_to_be_so(site: Site) -> None:
         assert "Not here" in page.text
 
 
+@pytest.mark.parametrize("path", ["../settings.py", "%2e%2e/settings.py", "a%00b"])
+def test_static_files_are_those_of_their_folder(site: Site, path: str) -> None:
+    assert site.get(f"/static/example/{path}").status == 404
+    assert site.get("/static/example/site.css").status == 200
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_every_page_answers_head(site: Site, path: str) -> None:
+    page = site.head(path)
+    assert page.status == 200
+    assert page.content == b""
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_message_arrives_and_its_delivery_is_shown(site: Site, view: str) -> None:
     before = len(arrived(site))
@@ -72,6 +88,16 @@ def test_a_message_arrives_and_its_delivery_is_shown(site: Site, view: str) -> N
     newest, *older = arrived(site)
     assert len(older) == before
     assert "From hello@example.com to ada@example.org" in site.get(newest).text
+
+
+def test_everybody_is_shown_their_own_delivery(site: Site) -> None:
+    def is_shown_own(number: int) -> bool:
+        name = f"reader{number}@example.org"
+        page = site.post(VIEWS[number % 2], **FORM | {"to": name})
+        return f"accepted {name}" in page.text
+
+    with ThreadPoolExecutor(6) as at_once:
+        assert all(at_once.map(is_shown_own, range(18)))
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -239,8 +265,10 @@ def test_a_message_with_an_unknown_character_set_can_be_read(
         b"no headers at all",
         b"Subject: \xff=?utf-8?q?=ff?=\n\n\xff\0",
         b"From: <<<>>>,,;:\nTo: (((\nDate: never\n\nx",
+        b"To: =?utf-8?q?=0D=0ABcc:x?=\nCc: a@[\nReply-To: =?utf-8?b?!?=\n\nx",
         b"Content-Type: multipart/mixed\n\nonly claimed",
         b"Content-Type: message/rfc822\n\nSubject: inner\n\nx",
+        MULTIPART + b"Content-Type: multipart/related\n\nonly claimed\n--x--",
         MULTIPART + b"Content-Type: message/rfc822\n\nSubject: \xff\n\nx\n--x--",
         MULTIPART
         + b"Content-Type: multipart/mixed; boundary=y\n\n--y\n\nz\n--y--\n--x--",
@@ -335,6 +363,21 @@ def test_one_race_at_a_time_and_none_without_a_client(site: Site) -> None:
     assert not set(racers) & set(processes_of(site))
 
 
+def test_a_race_ends_with_a_racer_that_fails(site: Site) -> None:
+    with site.stream("/race/run/", {"messages": 500, "round_trip": 100}) as stream:
+        stream.until("progress")
+        racers = [pid for pid in processes_of(site) if "racer" in command_of(pid)]
+        if not racers:
+            pytest.skip("needs /proc")
+        os.kill(int(racers[0]), signal.SIGKILL)
+        *_, (name, data) = stream
+    assert (name, data["why"]) == ("broken", "A racer has failed.")
+
+
+def command_of(pid: str) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
 def processes_of(site: Site) -> list[str]:
     """Return the site's child processes; none where the system does not tell."""
     children = Path(f"/proc/{site.process.pid}/task").glob("*/children")
@@ -403,7 +446,7 @@ def manage(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_examples_own_tests_pass() -> None:
     done = manage("test")
     assert done.returncode == 0, done.stderr
-    assert "Ran 5 tests" in done.stderr
+    assert "Ran 6 tests" in done.stderr
 
 
 def test_no_migration_is_missing() -> None:

@@ -8,15 +8,14 @@ from django.conf import settings
 from django.core.mail import send_mail
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
-from django.views.decorators.http import require_GET
+from django.views.decorators.http import require_safe
 
 from django_async_smtp import SMTPError, asend_mail
 
 from ..forms import ContactForm
 from ..highlighting import highlighted
-from ..mailers import backend, through
 from ..models import SentMail
-from ..receivers import recorded
+from ..receivers import just_sent
 from ..timing import spans
 
 
@@ -25,16 +24,15 @@ def contact(request: HttpRequest) -> HttpResponse:
     form = ContactForm(request.POST or None, request.FILES or None)
     if not form.is_valid():
         return compose_page(request, form)
-    mail, using = form.cleaned_data, through(form.cleaned_data["mailer"])
-    with recorded() as rows:
-        try:
-            if mail["attachment"]:
-                backend(mail["mailer"]).send_messages([form.email()])
-            else:
-                send_mail(mail["subject"], mail["text"], None, mail["to"], **using)
-        except SMTPError as error:
-            return compose_page(request, form, error)
-    return result(rows)
+    mail, using = form.cleaned_data, form.using()
+    try:
+        if mail["attachment"]:
+            form.backend().send_messages([form.email()])
+        else:
+            send_mail(mail["subject"], mail["text"], None, mail["to"], **using)
+    except SMTPError as error:
+        return compose_page(request, form, error)
+    return redirect(just_sent() or "inbox")
 
 
 async def contact_async(request: HttpRequest) -> HttpResponse:
@@ -42,21 +40,18 @@ async def contact_async(request: HttpRequest) -> HttpResponse:
     form = ContactForm(request.POST or None, request.FILES or None)
     if not form.is_valid():
         return compose_page(request, form)
-    mail, using = form.cleaned_data, through(form.cleaned_data["mailer"])
-    with recorded() as rows:
-        try:
-            if mail["attachment"]:
-                await backend(mail["mailer"]).asend_messages([form.email()])
-            else:
-                await asend_mail(
-                    mail["subject"], mail["text"], None, mail["to"], **using
-                )
-        except SMTPError as error:
-            return compose_page(request, form, error)
-    return result(rows)
+    mail, using = form.cleaned_data, form.using()
+    try:
+        if mail["attachment"]:
+            await form.backend().asend_messages([form.email()])
+        else:
+            await asend_mail(mail["subject"], mail["text"], None, mail["to"], **using)
+    except SMTPError as error:
+        return compose_page(request, form, error)
+    return redirect(just_sent() or "inbox")
 
 
-@require_GET
+@require_safe
 def compose(request: HttpRequest) -> HttpResponse:
     """Show the form, empty."""
     return compose_page(request, ContactForm())
@@ -79,12 +74,7 @@ def compose_page(
     return render(request, "example/compose.html", context)
 
 
-def result(rows: list[SentMail]) -> HttpResponse:
-    """Lead to the page of what was sent; Django's own backend tells nothing of it."""
-    return redirect(rows[0] if rows else "inbox")
-
-
-@require_GET
+@require_safe
 def sent(request: HttpRequest, number: int) -> HttpResponse:
     """Show what became of a message."""
     mail = get_object_or_404(SentMail, pk=number)

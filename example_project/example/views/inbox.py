@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from email.message import EmailMessage
+from email.policy import default as policy
 from typing import Any, Final
 
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
@@ -13,7 +14,7 @@ from django.shortcuts import render
 from django.urls import reverse
 from django.utils.http import content_disposition_header
 from django.views.decorators.clickjacking import xframe_options_sameorigin
-from django.views.decorators.http import require_GET
+from django.views.decorators.http import require_GET, require_safe
 from mailserver import INBOX, KEPT, Received
 
 from ..events import Event, event_stream
@@ -26,7 +27,7 @@ MAIL_POLICY: Final = (
 )
 
 
-@require_GET
+@require_safe
 def inbox(request: HttpRequest) -> HttpResponse:
     """List what was received, the newest first."""
     received = list(INBOX)
@@ -60,15 +61,15 @@ async def _arrivals(known: int) -> AsyncGenerator[Event, None]:
             await arrived.wait()
 
 
-@require_GET
+@require_safe
 def message(request: HttpRequest, number: int) -> HttpResponse:
     """Show a message: its headers, text, HTML and attachments."""
     received = _received(number)
     mail = received.parsed()
-    text, html = mail.get_body(("plain",)), mail.get_body(("html",))
+    text, html = _body(mail, "plain"), _body(mail, "html")
     context = {
         "received": received,
-        "headers": [(name, str(value)) for name, value in mail.items()],
+        "headers": [(name, _value(name, raw)) for name, raw in mail.raw_items()],
         "text": _content(text) if text is not None else None,
         "has_html": html is not None,
         "attachments": [
@@ -79,11 +80,11 @@ def message(request: HttpRequest, number: int) -> HttpResponse:
     return render(request, "example/message.html", context)
 
 
-@require_GET
+@require_safe
 @xframe_options_sameorigin
 def message_html(request: HttpRequest, number: int) -> HttpResponse:
     """Return a message's HTML, for a sandboxed frame."""
-    html = _received(number).parsed().get_body(("html",))
+    html = _body(_received(number).parsed(), "html")
     if html is None:
         raise Http404
     response = HttpResponse(_content(html))
@@ -91,7 +92,7 @@ def message_html(request: HttpRequest, number: int) -> HttpResponse:
     return response
 
 
-@require_GET
+@require_safe
 def attachment(request: HttpRequest, number: int, index: int) -> HttpResponseBase:
     """Return an attachment, only to be saved."""
     parts = _attachments(_received(number).parsed())
@@ -124,6 +125,23 @@ def _row(received: Received) -> dict[str, Any]:
         "iso": received.at.isoformat(timespec="seconds"),
         "size": f"{received.size / 1000:.1f} kB",
     }
+
+
+def _value(name: str, raw: str) -> str:
+    """Return a header's value, decoded; as it came where that is beyond Python."""
+    try:
+        return str(policy.header_fetch_parse(name, raw))
+    except Exception:
+        # Its parser of addresses fails on some that are malformed, in many ways.
+        return raw.encode(errors="replace").decode()
+
+
+def _body(mail: EmailMessage, kind: str) -> Any:
+    try:
+        return mail.get_body((kind,))
+    except AttributeError:
+        # A part may only claim to have parts.
+        return None
 
 
 def _content(part: Any) -> str:

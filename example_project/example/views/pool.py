@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.shortcuts import render
-from django.views.decorators.http import require_GET, require_POST
+from django.views.decorators.http import require_GET, require_POST, require_safe
 
 from django_async_smtp import asend_mail, pool_stats
 
@@ -21,7 +21,7 @@ INTERVAL: Final = 0.1
 MESSAGES: Final = 20
 
 
-@require_GET
+@require_safe
 def pool(request: HttpRequest) -> HttpResponse:
     """Show the page; the figures come as events."""
     return render(request, "example/pool.html", {"messages_at_once": MESSAGES})

@@ -5,14 +5,14 @@ from __future__ import annotations
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.http.response import HttpResponseBase
 from django.shortcuts import render
-from django.views.decorators.http import require_GET, require_POST
+from django.views.decorators.http import require_POST, require_safe
 
 from ..events import event_stream
 from ..forms import RaceForm
 from ..race import race
 
 
-@require_GET
+@require_safe
 def race_page(request: HttpRequest) -> HttpResponse:
     """Show the form; the race's events come in answer to it."""
     return render(request, "example/race.html", {"form": RaceForm()})

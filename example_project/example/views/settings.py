@@ -14,7 +14,7 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.shortcuts import render
-from django.views.decorators.http import require_GET
+from django.views.decorators.http import require_GET, require_safe
 
 from django_async_smtp.diagnosis import Finding, StageReport, diagnose
 from django_async_smtp.options import Options
@@ -36,7 +36,7 @@ ABOUT: Final = {
 }
 
 
-@require_GET
+@require_safe
 def mailers(request: HttpRequest) -> HttpResponse:
     """List the mailers; the findings come as events."""
     rows = [{"alias": alias, "about": ABOUT.get(alias, "")} for alias in aliases()]

@@ -5,23 +5,23 @@ const input = form.elements.attachment;
 const limit = Number(form.dataset.limit);
 
 function error() {
-  return document.getElementById("attachment-error");
+  return document.getElementById(`${input.id}_error`);
 }
 
 input.addEventListener("change", () => {
   error()?.remove();
   const [file] = input.files;
   const isTooLarge = file !== undefined && file.size > limit;
-  input.toggleAttribute("aria-invalid", isTooLarge);
-  input.setAttribute("aria-describedby", "attachment-help");
+  input.removeAttribute("aria-invalid");
+  input.setAttribute("aria-describedby", `${input.id}_helptext`);
   if (!isTooLarge) return;
   const said = document.createElement("p");
   said.className = "wrong";
-  said.id = "attachment-error";
+  said.id = `${input.id}_error`;
   said.setAttribute("role", "alert");
   said.textContent = `This file is too large; the limit is ${limit / 2 ** 20} MB.`;
   input.setAttribute("aria-invalid", "true");
-  input.setAttribute("aria-describedby", "attachment-error attachment-help");
+  input.setAttribute("aria-describedby", `${input.id}_helptext ${said.id}`);
   input.after(said);
 });
 

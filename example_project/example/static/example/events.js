@@ -1,19 +1,35 @@
 // Server-sent events, of a GET that goes on for ever, and of a POST that ends.
 
-/** Call a handler for each named event, and say on the page whether it is live. */
-export function follow(url, handlers, live = null) {
+/** Call a handler for each named event. */
+export function follow(url, handlers) {
   const source = new EventSource(url);
   for (const [name, handle] of Object.entries(handlers)) {
     source.addEventListener(name, (event) => handle(JSON.parse(event.data)));
   }
+  return source;
+}
+
+/**
+ * Follow while the page is to be seen, and say on it whether it is live.
+ *
+ * A browser has six connections to a site: pages in other tabs must not hold them.
+ */
+export function followWhileSeen(url, handlers, live) {
   const say = (text, isLive) => {
-    if (live === null) return;
     live.textContent = text;
     live.classList.toggle("is-live", isLive);
   };
-  source.addEventListener("open", () => say("live", true));
-  source.addEventListener("error", () => say("not connected", false));
-  return source;
+  let source = null;
+  const update = () => {
+    source?.close();
+    say("connecting", false);
+    if (document.hidden) return;
+    source = follow(url, handlers);
+    source.addEventListener("open", () => say("live", true));
+    source.addEventListener("error", () => say("not connected", false));
+  };
+  document.addEventListener("visibilitychange", update);
+  update();
 }
 
 /** Yield the events of a response's body, as [name, data]. */

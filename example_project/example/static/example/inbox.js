@@ -1,6 +1,6 @@
 // Puts what arrives on top of the list.
 
-import { fill, follow, localize } from "./events.js";
+import { fill, followWhileSeen, localize } from "./events.js";
 
 const list = document.querySelector("[data-mails]");
 const template = document.querySelector("[data-row]");
@@ -11,7 +11,7 @@ let known = Number(newest);
 
 for (const time of list.querySelectorAll("time")) localize(time);
 
-follow(
+followWhileSeen(
   `${events}?after=${newest}`,
   {
     mail(mail) {
@@ -19,7 +19,7 @@ follow(
       if (mail.number <= known) return;
       known = mail.number;
       const row = template.content.cloneNode(true);
-      fill(row, "field", { ...mail, url: undefined });
+      fill(row, "field", mail);
       row.querySelector("a").href = mail.url;
       localize(row.querySelector("time"), mail.iso);
       row.querySelector("li").classList.add("is-new");

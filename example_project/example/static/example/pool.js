@@ -1,7 +1,7 @@
 // Shows the pool's figures as they change.
 
 import { draw } from "./chart.js";
-import { fill, follow, localize } from "./events.js";
+import { fill, followWhileSeen, localize } from "./events.js";
 
 // Seconds that the chart shows, and between two points.
 const SHOWN = 30;
@@ -13,6 +13,7 @@ const list = document.querySelector("[data-errors]");
 const none = document.querySelector("[data-no-errors]");
 const send = document.querySelector("[data-send]");
 const cards = new Map();
+let shownErrors = "[]";
 
 function cardOf(server) {
   if (!cards.has(server)) {
@@ -46,6 +47,14 @@ function show({ servers, errors }) {
     fill(entry.card, "figure", { ...stats, closed: closed.join(", ") || "none" });
     note(entry);
   }
+  showErrors(errors);
+}
+
+function showErrors(errors) {
+  // What is live is read out whenever it changes.
+  const text = JSON.stringify(errors);
+  if (text === shownErrors) return;
+  shownErrors = text;
   none.hidden = errors.length > 0;
   list.replaceChildren(
     ...errors.map((error) => {
@@ -65,5 +74,5 @@ send.addEventListener("submit", async (event) => {
   button.disabled = false;
 });
 
-follow(container.dataset.events, { pool: show }, document.querySelector("[data-live]"));
+followWhileSeen(container.dataset.events, { pool: show }, document.querySelector("[data-live]"));
 setInterval(() => cards.forEach(note), STEP * 1000);

@@ -4,6 +4,8 @@ import { draw } from "./chart.js";
 import { eventsOf } from "./events.js";
 
 const NAMES = { ours: "django-async-smtp", django: "Django's backend" };
+// With which a race's events end.
+const LAST = ["end", "broken", "refused"];
 // Seconds over which a rate is taken.
 const WINDOW = 0.5;
 
@@ -27,7 +29,7 @@ function showErrors(errors) {
     place.textContent = found.join(" ");
     place.hidden = found.length === 0;
     const input = form.elements[place.dataset.error];
-    const help = `${place.dataset.error}-help`;
+    const help = `${input.id}_helptext`;
     if (found.length) input.setAttribute("aria-invalid", "true");
     else input.removeAttribute("aria-invalid");
     input.setAttribute("aria-describedby", found.length ? `${place.id} ${help}` : help);
@@ -102,7 +104,13 @@ async function run() {
     said.textContent = "Not started.";
     return;
   }
-  for await (const [name, data] of eventsOf(response)) handlers[name](data);
+  let last = "";
+  for await (const [name, data] of eventsOf(response)) {
+    handlers[name](data);
+    last = name;
+  }
+  // The server stops, or had no race to answer with.
+  if (!LAST.includes(last)) said.textContent = "The race was broken off.";
 }
 
 form.addEventListener("submit", async (event) => {

@@ -37,7 +37,9 @@ function add(report) {
   const row = template.content.cloneNode(true);
   const item = row.querySelector("li");
   item.className = report.state;
-  row.querySelector("[data-sign]").textContent = SIGNS[report.state];
+  const sign = row.querySelector("[data-sign]");
+  sign.textContent = SIGNS[report.state];
+  sign.setAttribute("aria-label", report.state);
   row.querySelector("[data-name]").textContent = report.stage;
   if (report.state !== "skipped") {
     row.querySelector("[data-time]").textContent = `${report.milliseconds} ms`;
