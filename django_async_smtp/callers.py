@@ -57,27 +57,25 @@ class CallerStopped(Exception):
 
 
 class Caller(ABC, Generic[T]):
-    """
-    One call of some work.
+    """One call of some work."""
 
-    :param loop: where the work runs.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[T] | None = None
         self._is_cancelled = False
 
-    def start(self, work: Work[T], *args: Any) -> None:
-        """Have the work started, from any thread."""
-        self._loop.call_soon_threadsafe(self._start, work, args)
+    def start(self, loop: asyncio.AbstractEventLoop, work: Work[T], *args: Any) -> None:
+        """Have the work started on a loop, from any thread."""
+        self._loop = loop
+        loop.call_soon_threadsafe(self._start, work, args)
 
     def cancel(self) -> None:
         """Cancel the work, started or not."""
         self._is_cancelled = True
-        # RuntimeError: the loop has ended, and with it the task.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._cancel_task)
+        if self._loop is not None:
+            # RuntimeError: the loop has ended, and with it the task.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._cancel_task)
 
     @abstractmethod
     async def in_caller(self, function: Callable[..., R], *args: Any) -> R:
@@ -90,7 +88,7 @@ class Caller(ABC, Generic[T]):
     def _start(self, work: Work[T], args: tuple[Any, ...]) -> None:
         if not self._is_cancelled:
             # In an empty context: what is started would keep the caller's for long.
-            self._task = self._loop.create_task(
+            self._task = asyncio.get_running_loop().create_task(
                 work(self.in_caller, *args), context=contextvars.Context()
             )
             self._task.add_done_callback(_retrieve)
@@ -110,21 +108,21 @@ class ThreadCaller(Caller[T]):
     in its lock would leave it taken, and the loop waiting for it.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop)
+    def __init__(self) -> None:
+        super().__init__()
         # Functions to run, and in the end the task of the work.
         self._requests: SimpleQueue[Callable[[], None] | asyncio.Task[T]]
         self._requests = SimpleQueue()
 
-    def result(self, work: Work[T], *args: Any) -> T:
+    def result(self, loop: asyncio.AbstractEventLoop, work: Work[T], *args: Any) -> T:
         """Start the work, run what it asks for until it is done; return its result."""
-        self.start(work, *args)
+        self.start(loop, work, *args)
         while not isinstance(request := self._requests.get(), asyncio.Task):
             request()
         return request.result()
 
     async def in_caller(self, function: Callable[..., R], *args: Any) -> R:
-        outcome: asyncio.Future[R] = self._loop.create_future()
+        outcome: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._requests.put(partial(self._answer, outcome, function, args))
         return await outcome
 
@@ -146,7 +144,7 @@ class ThreadCaller(Caller[T]):
             # everybody's mail.
             raised = CallerStopped(error) if _is_unfit_for_tasks(error) else error
             settle = partial(_set_exception, outcome, raised)
-        self._loop.call_soon_threadsafe(settle)
+        outcome.get_loop().call_soon_threadsafe(settle)
 
 
 class CoroutineCaller(Caller[T]):
@@ -157,8 +155,8 @@ class CoroutineCaller(Caller[T]):
     ``async with``: what is not done at its end is cancelled.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop)
+    def __init__(self) -> None:
+        super().__init__()
         self._callers_loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
         self._outcome: asyncio.Future[T] = self._callers_loop.create_future()

@@ -127,6 +127,17 @@ assert threading.enumerate() == [threading.main_thread()]
 """)
 
 
+def test_sending_nothing_starts_no_smtp_thread() -> None:
+    run(f"""
+{preamble()}
+from django_async_smtp import Backend
+
+backend = Backend(host="localhost")
+assert backend.send_messages([]) == asyncio.run(backend.asend_messages([])) == 0
+assert "django-async-smtp" not in [thread.name for thread in threading.enumerate()]
+""")
+
+
 def test_a_process_that_runs_no_threads_is_told_so() -> None:
     run(f"""
 {preamble(SimpleNamespace(host="localhost", port=25))}
