@@ -255,6 +255,7 @@ class Backend(BaseEmailBackend):
                 else:
                     failure = mailing.conclude(outcome)
             except BaseException:
+                caller.cancel()
                 # Cancelled, it must not wait for a thread that may be busy.
                 if mailing.has_failures:
                     await sync_to_async(mailing.log_failures)()
