@@ -158,7 +158,8 @@ class CoroutineCaller(Caller[T]):
     def __init__(self) -> None:
         super().__init__()
         self._callers_loop = asyncio.get_running_loop()
-        self._context = contextvars.copy_context()
+        # asgiref's idea of the thread, and the variables that user code sees.
+        self._context = self._users_context = contextvars.copy_context()
         self._outcome: asyncio.Future[T] = self._callers_loop.create_future()
 
     async def __aenter__(self) -> CoroutineCaller[T]:
@@ -176,6 +177,11 @@ class CoroutineCaller(Caller[T]):
         else:
             self.cancel()
 
+    def start(self, loop: asyncio.AbstractEventLoop, work: Work[T], *args: Any) -> None:
+        # With what user code has set by now, such as the language.
+        self._users_context = contextvars.copy_context()
+        super().start(loop, work, *args)
+
     async def result(self) -> T:
         """Return the result of the work, which was started."""
         try:
@@ -187,7 +193,7 @@ class CoroutineCaller(Caller[T]):
         # From the caller's own loop, because asgiref picks the thread there.
         future = self._context.copy().run(
             asyncio.run_coroutine_threadsafe,
-            _capturing(function, *args),
+            _capturing(self._users_context.run, function, *args),
             self._callers_loop,
         )
         outcome: Future[R] = await asyncio.wrap_future(future)

@@ -27,7 +27,9 @@ from django.core.mail import EmailMessage, send_mail
 from django.http import HttpRequest, HttpResponse
 from django.test import AsyncClient, Client
 from django.urls import path
+from django.utils import translation
 from django.utils.functional import lazy
+from django.utils.translation import gettext_lazy
 
 from django_async_smtp import asend_mail, callers
 from django_async_smtp.envelope import prepare
@@ -325,6 +327,25 @@ async def test_context_variables_of_each_coroutine_reach_its_message(
 
     await asyncio.gather(send_from_request("a"), send_from_request("b"))
     assert subjects(server.received) == ["a", "b"]
+
+
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_what_an_iterator_sets_holds_for_all_messages_of_a_coroutine(
+    server: ScriptedServer, make_backend: MakeBackend, is_warm: bool
+) -> None:
+    def messages() -> Iterator[EmailMessage]:
+        with translation.override("de"):
+            for n in range(30):
+                if n == 20:
+                    request_id.set("a")
+                yield EmailMessage(gettext_lazy("Monday"), *ADDRESSES)
+        assert request_id.get() == "a"
+
+    backend = make_backend(server)
+    if is_warm:
+        backend.open()
+    assert asyncio.run(backend.asend_messages(messages())) == 30
+    assert set(subjects(server.received)) == {"Montag"}
 
 
 class Request:
