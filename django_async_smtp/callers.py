@@ -280,7 +280,10 @@ class _Turns:
         try:
             await waiter
         except BaseException:
-            if waiter.done() and not waiter.cancelled():
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+                self._rest()
+            elif not waiter.cancelled():
                 self.give_back()
             raise
 
@@ -295,6 +298,13 @@ class _Turns:
                 waiter.set_result(None)
                 self._left -= 1
                 number -= 1
+        self._rest()
+
+    def _rest(self) -> None:
+        """Let go of the loop where nobody waits."""
+        if self._timer is not None and not self._waiting:
+            self._timer.cancel()
+            self._timer = None
 
     def _look_again(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is None:

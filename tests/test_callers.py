@@ -130,10 +130,19 @@ async def test_what_begins_may_wait_for_what_is_behind_it(
     assert sorted(subjects(server)) == sorted(expected)
 
 
-async def test_a_loop_that_has_ended_is_not_kept() -> None:
+@pytest.mark.parametrize("count", [1, 2 * AT_A_TIME])
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_a_loop_that_has_ended_is_not_kept(
+    count: int, is_cancelled: bool
+) -> None:
     async def begin() -> weakref.ref[asyncio.AbstractEventLoop]:
-        async with turn():
-            return weakref.ref(asyncio.get_running_loop())
+        beginnings = Beginnings()
+        begun = [asyncio.create_task(beginnings.begin()) for _ in range(count)]
+        await asyncio.sleep(0)
+        if not is_cancelled:
+            beginnings.may_end.set()
+            await asyncio.gather(*begun)
+        return weakref.ref(asyncio.get_running_loop())
 
     ended = await asyncio.to_thread(asyncio.run, begin())
     gc.collect()
