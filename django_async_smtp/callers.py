@@ -196,7 +196,13 @@ class CoroutineCaller(Caller[T]):
             _capturing(self._users_context.run, function, *args),
             self._callers_loop,
         )
-        outcome: Future[R] = await asyncio.wrap_future(future)
+        try:
+            outcome: Future[R] = await asyncio.wrap_future(future)
+        except asyncio.CancelledError as cancelled:
+            if _is_being_cancelled():
+                raise
+            # Somebody on the caller's loop did that: what the function took is lost.
+            raise CallerStopped(cancelled) from None
         return _released(outcome)
 
     def _done(self, task: asyncio.Task[T]) -> None:
@@ -255,6 +261,11 @@ def _released(outcome: Future[T]) -> T:
     if error is not None and _is_unfit_for_tasks(error):
         raise CallerStopped(error)
     return outcome.result()
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _is_unfit_for_tasks(error: BaseException) -> bool:

@@ -781,6 +781,33 @@ async def test_a_send_that_is_cancelled_during_the_build_sends_nothing(
 
 
 @pytest.mark.asyncio
+async def test_a_coroutine_is_told_where_only_its_function_is_cancelled(
+    server: ScriptedServer, make_backend: MakeBackend
+) -> None:
+    """As by a program that ends and cancels every task but its main one."""
+    reading, proceed = threading.Event(), threading.Event()
+
+    def messages() -> Iterator[EmailMessage]:
+        for n in range(20):
+            if n == 15:
+                reading.set()
+                proceed.wait(10)
+            yield EmailMessage(f"{n}", *ADDRESSES)
+
+    async def cancel_all_but(main: asyncio.Task[Any] | None) -> None:
+        await asyncio.to_thread(reading.wait, 10)
+        for task in asyncio.all_tasks() - {main, asyncio.current_task()}:
+            task.cancel()
+        await asyncio.sleep(0)
+        proceed.set()
+
+    cancelling = asyncio.create_task(cancel_all_but(asyncio.current_task()))
+    with pytest.raises(asyncio.CancelledError):
+        await make_backend(server).asend_messages(messages())
+    await cancelling
+
+
+@pytest.mark.asyncio
 async def test_a_cancelled_sync_view_leaves_its_send_alone(
     make_backend: MakeBackend,
 ) -> None:
