@@ -161,6 +161,7 @@ class CoroutineCaller(Caller[T]):
         # asgiref's idea of the thread, and the variables that user code sees.
         self._context = self._users_context = contextvars.copy_context()
         self._outcome: asyncio.Future[T] = self._callers_loop.create_future()
+        self._running: asyncio.Task[Any] | None = None
 
     async def __aenter__(self) -> CoroutineCaller[T]:
         return self
@@ -176,6 +177,8 @@ class CoroutineCaller(Caller[T]):
             self._outcome.exception()
         else:
             self.cancel()
+            if self._running is not None:
+                self._running.cancel()
 
     def start(self, loop: asyncio.AbstractEventLoop, work: Work[T], *args: Any) -> None:
         # With what user code has set by now, such as the language.
@@ -190,20 +193,39 @@ class CoroutineCaller(Caller[T]):
             raise stopped.reason from None
 
     async def in_caller(self, function: Callable[..., R], *args: Any) -> R:
+        answer: Future[Future[R]] = Future()
+        run = partial(_capturing, self._users_context.run, function, *args)
         # From the caller's own loop, because asgiref picks the thread there.
-        future = self._context.copy().run(
-            asyncio.run_coroutine_threadsafe,
-            _capturing(self._users_context.run, function, *args),
-            self._callers_loop,
+        self._callers_loop.call_soon_threadsafe(
+            self._run, run, answer, context=self._context.copy()
         )
         try:
-            outcome: Future[R] = await asyncio.wrap_future(future)
+            outcome = await asyncio.wrap_future(answer)
         except asyncio.CancelledError as cancelled:
             if _is_being_cancelled():
                 raise
             # Somebody on the caller's loop did that: what the function took is lost.
             raise CallerStopped(cancelled) from None
         return _released(outcome)
+
+    def _run(
+        self,
+        run: Callable[[], Coroutine[Any, Any, Future[R]]],
+        answer: Future[Future[R]],
+    ) -> None:
+        # A loop that is about to end would leave a new task pending.
+        if self._is_cancelled:
+            answer.cancel()
+            return
+        self._running = self._callers_loop.create_task(run())
+        self._running.add_done_callback(partial(_give, answer))
+        answer.add_done_callback(self._cancel_running)
+
+    def _cancel_running(self, answer: Future[Any]) -> None:
+        if answer.cancelled() and self._running is not None:
+            # RuntimeError: the caller's loop has ended, and with it the task.
+            with suppress(RuntimeError):
+                self._callers_loop.call_soon_threadsafe(self._running.cancel)
 
     def _done(self, task: asyncio.Task[T]) -> None:
         # RuntimeError: the caller's loop has ended.
@@ -225,6 +247,17 @@ def _retrieve(task: asyncio.Task[Any]) -> None:
     """Take note of an outcome that nobody may wait for any more."""
     if not task.cancelled():
         task.exception()
+
+
+def _give(answer: Future[R], task: asyncio.Task[R]) -> None:
+    """Hand a task's outcome over, to whoever still waits for it."""
+    if task.cancelled():
+        answer.cancel()
+    elif error := task.exception():
+        if answer.set_running_or_notify_cancel():
+            answer.set_exception(error)
+    elif answer.set_running_or_notify_cancel():
+        answer.set_result(task.result())
 
 
 def _set_result(outcome: asyncio.Future[R], result: R) -> None:
