@@ -232,7 +232,7 @@ class Backend(BaseEmailBackend):
         Messages are taken and built in the thread that ``sync_to_async`` gives. A
         cancelled call cancels what it has not sent yet.
         """
-        async with CoroutineCaller[Outcome](smtp_loop().loop) as caller:
+        async with CoroutineCaller[Outcome]() as caller:
             async with turn():
                 mailing, is_started = await sync_to_async(self._start_if_open)(
                     email_messages, caller
@@ -256,6 +256,7 @@ class Backend(BaseEmailBackend):
                 else:
                     failure = mailing.conclude(outcome)
             except BaseException:
+                caller.cancel()
                 # Cancelled, it must not wait for a thread that may be busy.
                 if mailing.has_failures:
                     await sync_to_async(mailing.log_failures)()
@@ -273,7 +274,8 @@ class Backend(BaseEmailBackend):
 
     def _start(self, mailing: Mailing, caller: CoroutineCaller[Outcome]) -> None:
         """Have a call's messages sent, the first one built by now."""
-        caller.start(_deliver, mailing, *self._begin(mailing))
+        route, taken = self._begin(mailing)
+        caller.start(smtp_loop().loop, _deliver, mailing, route, taken)
 
     def _start_if_open(
         self, messages: Iterable[EmailMessage], caller: CoroutineCaller[Outcome]

@@ -57,27 +57,25 @@ class CallerStopped(Exception):
 
 
 class Caller(ABC, Generic[T]):
-    """
-    One call of some work.
+    """One call of some work."""
 
-    :param loop: where the work runs.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[T] | None = None
         self._is_cancelled = False
 
-    def start(self, work: Work[T], *args: Any) -> None:
-        """Have the work started, from any thread."""
-        self._loop.call_soon_threadsafe(self._start, work, args)
+    def start(self, loop: asyncio.AbstractEventLoop, work: Work[T], *args: Any) -> None:
+        """Have the work started on a loop, from any thread."""
+        self._loop = loop
+        loop.call_soon_threadsafe(self._start, work, args)
 
     def cancel(self) -> None:
         """Cancel the work, started or not."""
         self._is_cancelled = True
-        # RuntimeError: the loop has ended, and with it the task.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._cancel_task)
+        if self._loop is not None:
+            # RuntimeError: the loop has ended, and with it the task.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._cancel_task)
 
     @abstractmethod
     async def in_caller(self, function: Callable[..., R], *args: Any) -> R:
@@ -90,7 +88,7 @@ class Caller(ABC, Generic[T]):
     def _start(self, work: Work[T], args: tuple[Any, ...]) -> None:
         if not self._is_cancelled:
             # In an empty context: what is started would keep the caller's for long.
-            self._task = self._loop.create_task(
+            self._task = asyncio.get_running_loop().create_task(
                 work(self.in_caller, *args), context=contextvars.Context()
             )
             self._task.add_done_callback(_retrieve)
@@ -110,21 +108,21 @@ class ThreadCaller(Caller[T]):
     in its lock would leave it taken, and the loop waiting for it.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop)
+    def __init__(self) -> None:
+        super().__init__()
         # Functions to run, and in the end the task of the work.
         self._requests: SimpleQueue[Callable[[], None] | asyncio.Task[T]]
         self._requests = SimpleQueue()
 
-    def result(self, work: Work[T], *args: Any) -> T:
+    def result(self, loop: asyncio.AbstractEventLoop, work: Work[T], *args: Any) -> T:
         """Start the work, run what it asks for until it is done; return its result."""
-        self.start(work, *args)
+        self.start(loop, work, *args)
         while not isinstance(request := self._requests.get(), asyncio.Task):
             request()
         return request.result()
 
     async def in_caller(self, function: Callable[..., R], *args: Any) -> R:
-        outcome: asyncio.Future[R] = self._loop.create_future()
+        outcome: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._requests.put(partial(self._answer, outcome, function, args))
         return await outcome
 
@@ -146,7 +144,7 @@ class ThreadCaller(Caller[T]):
             # everybody's mail.
             raised = CallerStopped(error) if _is_unfit_for_tasks(error) else error
             settle = partial(_set_exception, outcome, raised)
-        self._loop.call_soon_threadsafe(settle)
+        outcome.get_loop().call_soon_threadsafe(settle)
 
 
 class CoroutineCaller(Caller[T]):
@@ -157,11 +155,13 @@ class CoroutineCaller(Caller[T]):
     ``async with``: what is not done at its end is cancelled.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop)
+    def __init__(self) -> None:
+        super().__init__()
         self._callers_loop = asyncio.get_running_loop()
-        self._context = contextvars.copy_context()
+        # asgiref's idea of the thread, and the variables that user code sees.
+        self._context = self._users_context = contextvars.copy_context()
         self._outcome: asyncio.Future[T] = self._callers_loop.create_future()
+        self._running: asyncio.Task[Any] | None = None
 
     async def __aenter__(self) -> CoroutineCaller[T]:
         return self
@@ -177,6 +177,13 @@ class CoroutineCaller(Caller[T]):
             self._outcome.exception()
         else:
             self.cancel()
+            if self._running is not None:
+                self._running.cancel()
+
+    def start(self, loop: asyncio.AbstractEventLoop, work: Work[T], *args: Any) -> None:
+        # With what user code has set by now, such as the language.
+        self._users_context = contextvars.copy_context()
+        super().start(loop, work, *args)
 
     async def result(self) -> T:
         """Return the result of the work, which was started."""
@@ -186,14 +193,39 @@ class CoroutineCaller(Caller[T]):
             raise stopped.reason from None
 
     async def in_caller(self, function: Callable[..., R], *args: Any) -> R:
+        answer: Future[Future[R]] = Future()
+        run = partial(_capturing, self._users_context.run, function, *args)
         # From the caller's own loop, because asgiref picks the thread there.
-        future = self._context.copy().run(
-            asyncio.run_coroutine_threadsafe,
-            _capturing(function, *args),
-            self._callers_loop,
+        self._callers_loop.call_soon_threadsafe(
+            self._run, run, answer, context=self._context.copy()
         )
-        outcome: Future[R] = await asyncio.wrap_future(future)
+        try:
+            outcome = await asyncio.wrap_future(answer)
+        except asyncio.CancelledError as cancelled:
+            if _is_being_cancelled():
+                raise
+            # Somebody on the caller's loop did that: what the function took is lost.
+            raise CallerStopped(cancelled) from None
         return _released(outcome)
+
+    def _run(
+        self,
+        run: Callable[[], Coroutine[Any, Any, Future[R]]],
+        answer: Future[Future[R]],
+    ) -> None:
+        # A loop that is about to end would leave a new task pending.
+        if self._is_cancelled:
+            answer.cancel()
+            return
+        self._running = self._callers_loop.create_task(run())
+        self._running.add_done_callback(partial(_give, answer))
+        answer.add_done_callback(self._cancel_running)
+
+    def _cancel_running(self, answer: Future[Any]) -> None:
+        if answer.cancelled() and self._running is not None:
+            # RuntimeError: the caller's loop has ended, and with it the task.
+            with suppress(RuntimeError):
+                self._callers_loop.call_soon_threadsafe(self._running.cancel)
 
     def _done(self, task: asyncio.Task[T]) -> None:
         # RuntimeError: the caller's loop has ended.
@@ -215,6 +247,17 @@ def _retrieve(task: asyncio.Task[Any]) -> None:
     """Take note of an outcome that nobody may wait for any more."""
     if not task.cancelled():
         task.exception()
+
+
+def _give(answer: Future[R], task: asyncio.Task[R]) -> None:
+    """Hand a task's outcome over, to whoever still waits for it."""
+    if task.cancelled():
+        answer.cancel()
+    elif error := task.exception():
+        if answer.set_running_or_notify_cancel():
+            answer.set_exception(error)
+    elif answer.set_running_or_notify_cancel():
+        answer.set_result(task.result())
 
 
 def _set_result(outcome: asyncio.Future[R], result: R) -> None:
@@ -253,6 +296,11 @@ def _released(outcome: Future[T]) -> T:
     return outcome.result()
 
 
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 def _is_unfit_for_tasks(error: BaseException) -> bool:
     return isinstance(error, StopIteration) or not isinstance(error, Exception)
 
@@ -276,7 +324,10 @@ class _Turns:
         try:
             await waiter
         except BaseException:
-            if waiter.done() and not waiter.cancelled():
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+                self._rest()
+            elif not waiter.cancelled():
                 self.give_back()
             raise
 
@@ -291,6 +342,13 @@ class _Turns:
                 waiter.set_result(None)
                 self._left -= 1
                 number -= 1
+        self._rest()
+
+    def _rest(self) -> None:
+        """Let go of the loop where nobody waits."""
+        if self._timer is not None and not self._waiting:
+            self._timer.cancel()
+            self._timer = None
 
     def _look_again(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is None:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# How many messages are built, at most, for each one that is being sent. With the
-# second, the first can begin with the end of that one, and this with the end of it.
+# How many messages wait, built, for each worker at most. With the second, the first can
+# begin with the end of the one that is sent, and this with the end of it.
 AHEAD: Final = 2
 
 
@@ -127,7 +127,7 @@ class _Work:
         self._pools = pools
         self._tasks: set[asyncio.Task[Any]] = set()
         # One at a time: user code is not entered again while it sends itself.
-        self._building: asyncio.Task[None] | None = None
+        self._is_building = False
         self._has_more = True
         # Workers that wait for messages to be built.
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -138,7 +138,7 @@ class _Work:
 
     async def run(self) -> None:
         try:
-            while not self._tasks:
+            while True:
                 self._start(self._work(Courier(self._route, self._pools)))
                 while self._tasks:
                     await asyncio.wait(self._tasks)
@@ -157,7 +157,7 @@ class _Work:
     async def take(self) -> Item | None:
         """Return the next message, built; None at the end."""
         self.build_ahead()
-        while not self.ready and self._building is not None:
+        while not self.ready and self._is_building:
             waiter = asyncio.get_running_loop().create_future()
             self._waiting.append(waiter)
             await waiter
@@ -211,8 +211,9 @@ class _Work:
 
     def _build_more(self, count: int) -> None:
         is_open = self._has_more and self.broken is None and not self.is_over
-        if count > 0 and is_open and self._building is None:
-            self._building = self._start(self._build(count))
+        if count > 0 and is_open and not self._is_building:
+            self._is_building = True
+            self._start(self._build(count))
 
     async def _build(self, count: int) -> None:
         # Told but once, even where that raises.
@@ -229,14 +230,14 @@ class _Work:
                 self._cancel_others()
             return
         finally:
-            self._building = None
+            self._is_building = False
             if items is None:
                 self._wake(len(self._waiting))
         self._put(items)
         # Whoever waits has the first ones before the others are there.
         self._build_more(count - len(items))
         self.build_ahead()
-        self._wake(len(items) if self._building else len(self._waiting))
+        self._wake(len(items) if self._is_building else len(self._waiting))
 
     def _put(self, items: Sequence[Item]) -> None:
         self._has_more = bool(items) and not items[-1].is_last

@@ -119,9 +119,9 @@ class SMTPLoop:
             )
         if is_in_running_loop():
             warn_of_blocking()
-        caller: ThreadCaller[T] = ThreadCaller(self.loop)
+        caller: ThreadCaller[T] = ThreadCaller()
         try:
-            return as_in_a_plain_thread(caller.result, work, *args)
+            return as_in_a_plain_thread(caller.result, self.loop, work, *args)
         except CallerStopped as stopped:
             raise stopped.reason from None
         except BaseException:
@@ -134,8 +134,8 @@ class SMTPLoop:
 
         A cancelled wait cancels the work.
         """
-        async with CoroutineCaller[T](self.loop) as caller:
-            caller.start(work, *args)
+        async with CoroutineCaller[T]() as caller:
+            caller.start(self.loop, work, *args)
             return await caller.result()
 
     def close(self, timeout: float) -> None:

@@ -181,8 +181,9 @@ class Mailing:
             self._broken = error
 
     def _build(self, message: EmailMessage) -> Envelope | Exception | None:
-        self._signal(pre_send, message, None)
         try:
+            # A log handler may raise, told of what a receiver raised.
+            self._signal(pre_send, message, None)
             return prepare(message) if message.recipients() else None
         except Exception as error:
             return error

@@ -1,17 +1,20 @@
-"""How many calls of a loop begin at a time."""
+"""How many calls of a loop begin at a time, and those that go."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync
 
 from django_async_smtp import asend_mail, callers, pre_send
-from django_async_smtp.callers import AT_A_TIME, turn
+from django_async_smtp.callers import AT_A_TIME, CoroutineCaller, InCaller, turn
+from django_async_smtp.loop import smtp_loop
 
 from .conftest import MakeBackend, subjects
 from .servers import MailServer
@@ -130,11 +133,42 @@ async def test_what_begins_may_wait_for_what_is_behind_it(
     assert sorted(subjects(server)) == sorted(expected)
 
 
-async def test_a_loop_that_has_ended_is_not_kept() -> None:
+@pytest.mark.parametrize("count", [1, 2 * AT_A_TIME])
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_a_loop_that_has_ended_is_not_kept(
+    count: int, is_cancelled: bool
+) -> None:
     async def begin() -> weakref.ref[asyncio.AbstractEventLoop]:
-        async with turn():
-            return weakref.ref(asyncio.get_running_loop())
+        beginnings = Beginnings()
+        begun = [asyncio.create_task(beginnings.begin()) for _ in range(count)]
+        await asyncio.sleep(0)
+        if not is_cancelled:
+            beginnings.may_end.set()
+            await asyncio.gather(*begun)
+        return weakref.ref(asyncio.get_running_loop())
 
     ended = await asyncio.to_thread(asyncio.run, begin())
     gc.collect()
     assert ended() is None
+
+
+async def test_nothing_runs_for_a_caller_that_has_gone() -> None:
+    """A loop that ends now would complain of a task that is still to run."""
+    ran: list[str] = []
+    ended = threading.Event()
+
+    async def work(in_caller: InCaller) -> None:
+        try:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(30)
+            await in_caller(ran.append, "late")
+        finally:
+            ended.set()
+
+    async with CoroutineCaller[None]() as caller:
+        caller.start(smtp_loop().loop, work)
+        await asyncio.wrap_future(
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), smtp_loop().loop)
+        )
+    assert await asyncio.to_thread(ended.wait, 10)
+    assert ran == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import threading
 import time
 import weakref
@@ -220,6 +221,34 @@ async def test_a_message_that_was_sent_says_so_though_the_call_is_cancelled(
         await busy
         assert len(server.received) == 1
     assert message.delivery.state == "sent"
+
+
+class SlowHandler(logging.Handler):
+    """Takes as long for a record as a server for some messages."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        time.sleep(0.6)
+
+
+@pytest.mark.asyncio
+async def test_nothing_is_sent_while_a_cancelled_call_logs_its_failures(
+    make_backend: MakeBackend,
+) -> None:
+    script: Script = {"body": Turns(b"554 no\r\n"), "mail": [Pause(0.1), DEFAULT]}
+    logger, handler = logging.getLogger("django_async_smtp"), SlowHandler()
+    logger.addHandler(handler)
+    try:
+        with pipelining_server(script) as server:
+            backend = make_backend(server, max_connections=1)
+            sending = asyncio.create_task(backend.asend_messages(emails(10)))
+            await asyncio.to_thread(wait_until, lambda: len(server.received) == 3)
+            sending.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await sending
+            # The third, and one that was on its way.
+            assert len(server.received) <= 4
+    finally:
+        logger.removeHandler(handler)
 
 
 # Interrupts.

@@ -27,7 +27,9 @@ from django.core.mail import EmailMessage, send_mail
 from django.http import HttpRequest, HttpResponse
 from django.test import AsyncClient, Client
 from django.urls import path
+from django.utils import translation
 from django.utils.functional import lazy
+from django.utils.translation import gettext_lazy
 
 from django_async_smtp import asend_mail, callers
 from django_async_smtp.envelope import prepare
@@ -124,6 +126,17 @@ def test_importing_starts_no_thread() -> None:
 import django_async_smtp
 django_async_smtp.Backend(host="localhost")
 assert threading.enumerate() == [threading.main_thread()]
+""")
+
+
+def test_sending_nothing_starts_no_smtp_thread() -> None:
+    run(f"""
+{preamble()}
+from django_async_smtp import Backend
+
+backend = Backend(host="localhost")
+assert backend.send_messages([]) == asyncio.run(backend.asend_messages([])) == 0
+assert "django-async-smtp" not in [thread.name for thread in threading.enumerate()]
 """)
 
 
@@ -314,6 +327,25 @@ async def test_context_variables_of_each_coroutine_reach_its_message(
 
     await asyncio.gather(send_from_request("a"), send_from_request("b"))
     assert subjects(server.received) == ["a", "b"]
+
+
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_what_an_iterator_sets_holds_for_all_messages_of_a_coroutine(
+    server: ScriptedServer, make_backend: MakeBackend, is_warm: bool
+) -> None:
+    def messages() -> Iterator[EmailMessage]:
+        with translation.override("de"):
+            for n in range(30):
+                if n == 20:
+                    request_id.set("a")
+                yield EmailMessage(gettext_lazy("Monday"), *ADDRESSES)
+        assert request_id.get() == "a"
+
+    backend = make_backend(server)
+    if is_warm:
+        backend.open()
+    assert asyncio.run(backend.asend_messages(messages())) == 30
+    assert set(subjects(server.received)) == {"Montag"}
 
 
 class Request:
@@ -746,6 +778,33 @@ async def test_a_send_that_is_cancelled_during_the_build_sends_nothing(
     proceed.set()
     assert await asend("another") == 1
     assert subjects(server.received) == ["another"]
+
+
+@pytest.mark.asyncio
+async def test_a_coroutine_is_told_where_only_its_function_is_cancelled(
+    server: ScriptedServer, make_backend: MakeBackend
+) -> None:
+    """As by a program that ends and cancels every task but its main one."""
+    reading, proceed = threading.Event(), threading.Event()
+
+    def messages() -> Iterator[EmailMessage]:
+        for n in range(20):
+            if n == 15:
+                reading.set()
+                proceed.wait(10)
+            yield EmailMessage(f"{n}", *ADDRESSES)
+
+    async def cancel_all_but(main: asyncio.Task[Any] | None) -> None:
+        await asyncio.to_thread(reading.wait, 10)
+        for task in asyncio.all_tasks() - {main, asyncio.current_task()}:
+            task.cancel()
+        await asyncio.sleep(0)
+        proceed.set()
+
+    cancelling = asyncio.create_task(cancel_all_but(asyncio.current_task()))
+    with pytest.raises(asyncio.CancelledError):
+        await make_backend(server).asend_messages(messages())
+    await cancelling
 
 
 @pytest.mark.asyncio

@@ -13,14 +13,23 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from asgiref.sync import sync_to_async
 from django.core.mail import EmailMessage
 
-from django_async_smtp import Backend, errors
-from django_async_smtp.signals import post_send
+from django_async_smtp import Backend, errors, mailing
+from django_async_smtp.loop import smtp_loop
+from django_async_smtp.mailing import (
+    BUNCH_SECONDS,
+    BUNCH_SIZE,
+    ONE_CONNECTION,
+    Mailing,
+)
+from django_async_smtp.signals import post_send, pre_send
 
 from .conftest import MakeBackend, email, emails, states, subjects
 from .servers import (
@@ -28,6 +37,7 @@ from .servers import (
     DEFAULT,
     SILENCE,
     MailServer,
+    Pause,
     Script,
     ScriptedServer,
     Turns,
@@ -584,3 +594,133 @@ def test_messages_go_to_a_subclass_as_its_own(
     finally:
         post_send.disconnect(note)
     assert senders == [Own]
+
+
+# Several are built in one hand-over.
+
+
+@pytest.fixture
+def enough_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no slow machine build fewer at a time."""
+    monkeypatch.setattr(mailing, "BUNCH_SECONDS", 60)
+
+
+@pytest.mark.usefixtures("enough_time")
+def test_as_many_are_built_at_a_time_as_are_asked_for(
+    make_backend: MakeBackend,
+) -> None:
+    taking = Mailing(make_backend(host="localhost"), emails(30))
+    taken = [len(taking.take((), count)) for count in (1, 5, 5)]
+    assert taken == [1, 5, 5]
+    assert [item.index for item in taking.take((), 1)] == [11]
+
+
+@pytest.mark.usefixtures("enough_time")
+def test_all_are_built_in_order_and_the_last_is_known(
+    make_backend: MakeBackend,
+) -> None:
+    taking = Mailing(make_backend(host="localhost"), emails(10))
+    items = list(chain.from_iterable(taking.take((), 3) for _ in range(4)))
+    assert [item.message.subject for item in items] == [f"{n}" for n in range(10)]
+    assert [item.is_last for item in items] == [False] * 9 + [True]
+    assert taking.take((), 3) == []
+
+
+@pytest.mark.usefixtures("enough_time")
+def test_few_large_messages_are_built_at_a_time(make_backend: MakeBackend) -> None:
+    messages = emails(10)
+    for message in messages:
+        message.body = "x" * 80 + "\n"
+        message.body *= BUNCH_SIZE // 81 // 2 + 1
+    taking = Mailing(make_backend(host="localhost"), messages)
+    assert len(taking.take((), 10)) == 2
+
+
+def test_messages_that_take_long_are_built_one_at_a_time(
+    make_backend: MakeBackend,
+) -> None:
+    def slow(**kwargs: Any) -> None:
+        time.sleep(2 * BUNCH_SECONDS)
+
+    pre_send.connect(slow)
+    try:
+        taking = Mailing(make_backend(host="localhost"), emails(10))
+        assert len(taking.take((), 10)) == 1
+    finally:
+        pre_send.disconnect(slow)
+
+
+@pytest.mark.usefixtures("enough_time")
+def test_an_iterator_is_not_asked_for_more_than_one_at_a_time(
+    make_backend: MakeBackend,
+) -> None:
+    given: list[Any] = []
+
+    def messages() -> Iterator[Any]:
+        for message in emails(40):
+            given.append(message)
+            yield message
+
+    taking = Mailing(make_backend(host="localhost"), messages())
+    assert len(given) == 1 + ONE_CONNECTION
+    assert len(taking.take((), 100)) == len(given)
+    assert len(taking.take((), 100)) == 1
+    assert len(given) == 2 + ONE_CONNECTION
+
+
+# What is told after an awaited call.
+
+
+@pytest.mark.asyncio
+async def test_a_call_with_nothing_to_tell_does_not_wait_for_a_thread(
+    make_backend: MakeBackend,
+) -> None:
+    proceed = threading.Event()
+    with ScriptedServer(({"body": [Pause(0.2), DEFAULT]},)) as server:
+        backend = make_backend(server)
+        await backend.aopen()
+        message = email()
+        sending = asyncio.create_task(backend.asend_messages([message]))
+        await asyncio.to_thread(wait_until, lambda: server.received)
+        waiting = asyncio.create_task(sync_to_async(proceed.wait)(10))
+        try:
+            async with asyncio.timeout(5):
+                assert await sending == 1
+        finally:
+            proceed.set()
+            await waiting
+    assert message.delivery.state == "sent"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        {"body": b"554 no\r\n"},
+        {"rcpt": Turns(DEFAULT, b"550 no\r\n")},
+        {"mail": [b"421 bye\r\n", CLOSE]},
+    ],
+    ids=["refused", "a recipient refused", "ended"],
+)
+@pytest.mark.parametrize("is_warm", [False, True])
+@pytest.mark.asyncio
+async def test_log_handlers_never_run_on_the_loop_of_a_coroutine(
+    make_backend: MakeBackend, script: Script, is_warm: bool
+) -> None:
+    threads: set[threading.Thread] = set()
+
+    class Noting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            threads.add(threading.current_thread())
+
+    logger, handler = logging.getLogger("django_async_smtp"), Noting()
+    logger.addHandler(handler)
+    try:
+        with ScriptedServer((script, {"greeting": b"554 no\r\n"})) as server:
+            backend = make_backend(server, fail_silently=True)
+            if is_warm:
+                await backend.aopen()
+            await backend.asend_messages([email(to=("a@example.com", "b@example.com"))])
+    finally:
+        logger.removeHandler(handler)
+    assert threads
+    assert threads.isdisjoint({threading.current_thread(), smtp_loop().thread})

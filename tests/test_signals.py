@@ -245,6 +245,33 @@ def test_a_receiver_that_raises_is_logged_and_changes_nothing(
     assert [message.delivery.state for message in messages] == ["sent"] * 2
 
 
+class BrokenHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        raise LookupError("in the handler")
+
+
+def test_a_handler_that_raises_stops_but_the_message_that_it_is_told_of(
+    server: MailServer, make_backend: MakeBackend, connect: Connect
+) -> None:
+    def broken(message: Any, **kwargs: Any) -> None:
+        if message.subject == "20":
+            raise ValueError("in the receiver")
+
+    connect(pre_send, broken)
+    messages = emails(40)
+    logger, handler = logging.getLogger("django.dispatch"), BrokenHandler()
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(LookupError):
+            make_backend(server).send_messages(messages)
+    finally:
+        logger.removeHandler(handler)
+    expected = ["sent"] * 40
+    expected[20] = "failed"
+    assert [message.delivery.state for message in messages] == expected
+    assert len(server.received) == 39
+
+
 def test_a_receiver_that_is_interrupted_ends_the_call(
     server: MailServer, make_backend: MakeBackend, connect: Connect
 ) -> None:
