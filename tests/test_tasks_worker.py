@@ -6,8 +6,10 @@ import base64
 import logging
 import signal
 import threading
+import traceback
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any
@@ -303,8 +305,10 @@ def test_what_cannot_be_queued_again_fails_the_task(
 ) -> None:
     payload = queue(server, [email("1"), email("2", [GREYLISTED])])
     settings.TASKS = tasks_of(Down)
-    with pytest.raises(NotQueued, match="ConnectionError"):
+    with pytest.raises(NotQueued, match="ConnectionError") as why:
         work(payload)
+    # What engines keep of it.
+    assert "s3cr3t" not in "".join(traceback.format_exception(why.value))
     [text] = said(caplog, logging.ERROR)
     assert text.startswith("1 messages that failed are lost")
     assert "s3cr3t" not in caplog.text
@@ -339,37 +343,77 @@ class TimeLimit(Exception):
     """As engines raise it within a task, from a signal handler."""
 
 
+@contextmanager
+def broken_off(reason: type[BaseException], condition: Callable[[], bool]) -> Any:
+    """Have a signal handler raise something in this thread, as workers' do."""
+
+    def end(*args: object) -> None:
+        raise reason
+
+    def interrupt() -> None:
+        wait_until(condition)
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    main = threading.get_ident()
+    previous = signal.signal(signal.SIGUSR1, end)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(reason):
+            yield
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, previous)
+
+
 @pytest.mark.parametrize("reason", [SystemExit, KeyboardInterrupt, TimeLimit])
 def test_a_task_that_is_broken_off_is_queued_again(
     queue: Queue, told: Told, reason: type[BaseException]
 ) -> None:
-    def end(*args: object) -> None:
-        raise reason
-
     script: Any = {"body": Turns(b"250 2.0.0 Ok\r\n", SILENCE)}
     with ScriptedServer((script,), extensions=("8BITMIME",)) as server:
         payload = queue(server, emails(3))
-        previous = signal.signal(signal.SIGUSR1, end)
-        main = threading.main_thread().ident
-        assert main is not None
-
-        def interrupt() -> None:
-            wait_until(lambda: len(server.received) == 2)
-            signal.pthread_kill(main, signal.SIGUSR1)
-
-        thread = threading.Thread(target=interrupt)
-        thread.start()
-        try:
-            with pytest.raises(reason):
-                work(payload)
-        finally:
-            thread.join()
-            signal.signal(signal.SIGUSR1, previous)
+        with broken_off(reason, lambda: len(server.received) == 2):
+            work(payload)
     # The first was sent; of the second, nobody knows.
     assert [message.subject for message, _ in told] == ["0"]
     again = payloads()[-1]
     assert len(again["messages"]) == 2
-    assert again["attempt"] == 2
+
+
+def test_what_a_task_did_not_come_to_has_lost_no_attempt(queue: Queue) -> None:
+    """But for the first of them: a message that stops each worker must end."""
+    one_each: Any = {"body": Turns(b"250 2.0.0 Ok\r\n", SILENCE)}
+    silent: Any = {"body": SILENCE}
+    scripts: Any = (one_each, silent, {})
+    with ScriptedServer(scripts, extensions=("8BITMIME",)) as server:
+        queue(server, emails(4), max_attempts=2)
+        for number, count in enumerate((2, 3), 1):
+            with broken_off(TimeLimit, lambda n=count: len(server.received) == n):
+                work(payloads()[-1])
+            server.close_all()
+            assert payloads()[-1]["attempt"] == number
+        assert len(payloads()[-1]["messages"]) == 3
+        assert work(payloads()[-1]) == {"sent": 3, "failed": 0, "again": 0}
+
+
+def test_a_task_that_takes_too_long_leaves_the_rest(
+    server: MailServer,
+    queue: Queue,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(sending, "TASK_SECONDS", 0)
+    queue(server, emails(10), max_attempts=1)
+    while len(server.received) < 10:
+        received = len(server.received)
+        work(payloads()[-1])
+        assert len(server.received) > received
+    assert sorted(subjects(server), key=int) == [str(n) for n in range(10)]
+    assert len(payloads()) > 2
+    assert {payload["attempt"] for payload in payloads()} == {1}
+    assert said(caplog, logging.WARNING)[0].endswith("the task took too long")
+    assert not said(caplog, logging.ERROR)
 
 
 def test_the_rate_limit_costs_no_attempt(server: MailServer, queue: Queue) -> None:
@@ -384,8 +428,9 @@ def test_the_rate_limit_costs_an_attempt_where_nothing_can_wait(
 ) -> None:
     settings.TASKS = tasks_of(NotDeferring)
     smtp = {"rate_limit": 0.1, "timeout": 0.5}
-    payload = queue(server, emails(3), smtp, max_attempts=1)
-    assert work(payload) == {"sent": 1, "failed": 2, "again": 0}
+    payload = queue(server, emails(3), smtp, max_attempts=2)
+    assert work(payload) == {"sent": 1, "failed": 0, "again": 2}
+    assert work(payloads()[-1]) == {"sent": 0, "failed": 2, "again": 0}
 
 
 def test_mail_of_a_log_handler_is_not_logged(
@@ -402,6 +447,28 @@ def test_mail_of_a_log_handler_is_not_logged(
     assert said(caplog, logging.ERROR) == []
     assert told == []
     assert "Queued mail not sent" in capsys.readouterr().err
+
+
+def test_nor_is_anything_raised_of_it(
+    server: MailServer,
+    queue: Queue,
+    settings: Any,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Engines log what a task raises, which the handler would mail, and so on."""
+    payload = queue(server, [email("1", [GREYLISTED])])
+    payload["quiet"] = True
+    assert work({**payload, "version": 0}) == {}
+    assert "The task is of version 0" in capsys.readouterr().err
+    settings.TASKS = tasks_of(Down)
+    assert work(payload) == {}
+    assert "not queued again" in capsys.readouterr().err
+    settings.TASKS = tasks_of(Keeping)
+    configure_queue(settings, {"host": server.host, "port": "many"})
+    assert work(payload) == {}
+    assert payloads()[-1]["attempt"] == 2
+    assert said(caplog, logging.ERROR) == []
 
 
 # Tasks that cannot be read.

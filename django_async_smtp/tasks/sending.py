@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -22,6 +23,9 @@ from ..mailing import ONE_CONNECTION
 if TYPE_CHECKING:
     from ..options import Route
 
+# Seconds after which a task begins no further message. RQ breaks it off after 180 s;
+# ``requeue_mail`` takes one that runs for half an hour for lost.
+TASK_SECONDS: Final = 100.0
 # Seconds that a call that was broken off gets to say what it had sent.
 LAST_WORDS: Final = 2.0
 
@@ -49,10 +53,13 @@ class _Shipment:
     def __init__(self, parcels: Sequence[Parcel]) -> None:
         self._parcels = parcels
         self._taken = 0
+        self._end = time.monotonic() + TASK_SECONDS
 
     def take(self, done: Sequence[Done], count: int) -> list[Item]:
         """Note what became of some; return the next, up to a count; none at the end."""
         self.finish(done)
+        if self._taken and time.monotonic() > self._end:
+            return []
         first, self._taken = self._taken, min(self._taken + count, len(self._parcels))
         return [self._item(index) for index in range(first, self._taken)]
 
@@ -94,7 +101,7 @@ def send(parcels: Sequence[Parcel], backend: Backend) -> None:
     Send parcels; what became of each is its ``delivery`` then.
 
     Where it is broken off, as by a time limit of the worker, it is that of those that
-    were sent by then; the others keep None.
+    were sent by then; the others keep None. So do those that a task has no time for.
 
     :raises ImproperlyConfigured: the backend's options cannot be used.
     """
