@@ -635,6 +635,27 @@ print(send_queued.backend, send_queued.queue_name)
     assert run(code) == "mail mail"
 
 
+def test_an_engine_with_tasks_of_its_own_has_one_whichever_is_the_first() -> None:
+    """Celery's workers drop what they do not know."""
+    pytest.importorskip("django_tasks_fennel")
+    celery = {"BACKEND": "django_tasks_fennel.CeleryBackend"}
+    broken = {"BACKEND": "missing.Backend"}
+    tasks = {"broken": broken, "mail": celery, **tasks_of(IMMEDIATE)}
+    code = f"""
+import os
+os.environ["DJANGO_SETTINGS_MODULE"] = "none"
+from django.conf import settings
+settings.configure(TASKS={tasks!r}, INSTALLED_APPS=["django_tasks_fennel"], USE_TZ=True)
+import django
+django.setup()
+from django_async_smtp.tasks.worker import send_queued
+from celery import current_app
+print(send_queued.backend, [name for name in current_app.tasks if "smtp" in name])
+"""
+    name = "django_tasks:django_async_smtp.tasks.worker.send_queued"
+    assert run(code) == f"default ['{name}']"
+
+
 def test_the_tasks_name_stays() -> None:
     """Tasks in queues have it."""
     from django_async_smtp.tasks.worker import send_queued

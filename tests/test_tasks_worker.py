@@ -344,14 +344,16 @@ class TimeLimit(Exception):
 
 
 @contextmanager
-def broken_off(reason: type[BaseException], condition: Callable[[], bool]) -> Any:
-    """Have a signal handler raise something in this thread, as workers' do."""
+def broken_off(
+    reason: type[BaseException], server: ScriptedServer, count: int
+) -> Iterator[None]:
+    """Have a signal handler raise, as workers' do, once so many messages came."""
 
     def end(*args: object) -> None:
         raise reason
 
     def interrupt() -> None:
-        wait_until(condition)
+        wait_until(lambda: len(server.received) == count)
         signal.pthread_kill(main, signal.SIGUSR1)
 
     main = threading.get_ident()
@@ -373,7 +375,7 @@ def test_a_task_that_is_broken_off_is_queued_again(
     script: Any = {"body": Turns(b"250 2.0.0 Ok\r\n", SILENCE)}
     with ScriptedServer((script,), extensions=("8BITMIME",)) as server:
         payload = queue(server, emails(3))
-        with broken_off(reason, lambda: len(server.received) == 2):
+        with broken_off(reason, server, 2):
             work(payload)
     # The first was sent; of the second, nobody knows.
     assert [message.subject for message, _ in told] == ["0"]
@@ -389,7 +391,7 @@ def test_what_a_task_did_not_come_to_has_lost_no_attempt(queue: Queue) -> None:
     with ScriptedServer(scripts, extensions=("8BITMIME",)) as server:
         queue(server, emails(4), max_attempts=2)
         for number, count in enumerate((2, 3), 1):
-            with broken_off(TimeLimit, lambda n=count: len(server.received) == n):
+            with broken_off(TimeLimit, server, count):
                 work(payloads()[-1])
             server.close_all()
             assert payloads()[-1]["attempt"] == number
