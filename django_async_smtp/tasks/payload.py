@@ -71,6 +71,11 @@ class Payload:
     attempt: int = 1
     quiet: bool = False
 
+    @property
+    def size(self) -> int:
+        """How many bytes it takes, as JSON."""
+        return len(dumps(self.as_json()))
+
     def as_json(self) -> dict[str, Any]:
         """Return it as dicts, lists, strings and numbers."""
         return {"version": VERSION, **asdict(self)}
