@@ -345,15 +345,20 @@ class TimeLimit(Exception):
 
 @contextmanager
 def broken_off(
-    reason: type[BaseException], server: ScriptedServer, count: int
+    reason: type[BaseException],
+    server: ScriptedServer,
+    verb: bytes,
+    count: int,
+    messages: int = 0,
 ) -> Iterator[None]:
-    """Have a signal handler raise, as workers' do, once so many messages came."""
+    """Have a signal handler raise, as workers' do, once so many commands came."""
 
     def end(*args: object) -> None:
         raise reason
 
     def interrupt() -> None:
-        wait_until(lambda: len(server.received) == count)
+        wait_until(lambda: len(server.commands(verb)) == count)
+        wait_until(lambda: len(server.received) >= messages)
         signal.pthread_kill(main, signal.SIGUSR1)
 
     main = threading.get_ident()
@@ -372,26 +377,70 @@ def broken_off(
 def test_a_task_that_is_broken_off_is_queued_again(
     queue: Queue, told: Told, reason: type[BaseException]
 ) -> None:
-    script: Any = {"body": Turns(b"250 2.0.0 Ok\r\n", SILENCE)}
+    script: Any = {"mail": Turns(b"250 ok\r\n", SILENCE)}
     with ScriptedServer((script,), extensions=("8BITMIME",)) as server:
         payload = queue(server, emails(3))
-        with broken_off(reason, server, 2):
+        with broken_off(reason, server, b"MAIL", 2):
             work(payload)
-    # The first was sent; of the second, nobody knows.
     assert [message.subject for message, _ in told] == ["0"]
-    again = payloads()[-1]
-    assert len(again["messages"]) == 2
+    assert len(payloads()[-1]["messages"]) == 2
+
+
+@pytest.mark.parametrize("resend_unknown", [False, True])
+def test_a_message_whose_answer_is_broken_off_may_have_been_delivered(
+    queue: Queue, told: Told, resend_unknown: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    script: Any = {"body": Turns(b"250 2.0.0 Ok\r\n", SILENCE)}
+    with ScriptedServer((script,), extensions=("8BITMIME",)) as server:
+        payload = queue(server, emails(3), resend_unknown=resend_unknown)
+        with broken_off(TimeLimit, server, b"DATA", 2, messages=2):
+            work(payload)
+    again = len(payloads()[-1]["messages"])
+    if resend_unknown:
+        assert ([d.state for _, d in told], again) == (["sent"], 2)
+        return
+    assert ([d.state for _, d in told], again) == (["sent", "unknown"], 1)
+    [text] = said(caplog, logging.ERROR)
+    assert "may have been delivered, and is not sent again" in text
+
+
+@pytest.mark.parametrize(
+    ("stage", "left"), [("mail", ["b@example.com", "c@example.com"]), ("body", [])]
+)
+def test_of_a_message_that_is_broken_off_only_the_rest_is_sent_again(
+    queue: Queue, told: Told, stage: str, left: list[str]
+) -> None:
+    """The second transaction of a message hangs, with two of its recipients."""
+    too_many: Any = {
+        "b@example.com": Turns(b"452 4.5.3 too many\r\n"),
+        "c@example.com": Turns(b"452 4.5.3 too many\r\n"),
+        stage: Turns(b"250 2.0.0 Ok\r\n", SILENCE),
+    }
+    to = ["a@example.com", "b@example.com", "c@example.com"]
+    with ScriptedServer((too_many,), extensions=("8BITMIME",)) as server:
+        payload = queue(server, [email("1", to)])
+        verb, messages = (b"MAIL", 1) if stage == "mail" else (b"DATA", 2)
+        with broken_off(TimeLimit, server, verb, 2, messages=messages):
+            work(payload)
+    if left:
+        assert recipients(payloads()[-1]) == [left]
+        assert payloads()[-1]["messages"][0]["earlier"]["accepted"] == to[:1]
+        return
+    [(_, delivery)] = told
+    assert delivery.accepted == ("a@example.com",)
+    assert list(delivery.refused) == to[1:]
+    assert len(payloads()) == 1
 
 
 def test_what_a_task_did_not_come_to_has_lost_no_attempt(queue: Queue) -> None:
     """But for the first of them: a message that stops each worker must end."""
-    one_each: Any = {"body": Turns(b"250 2.0.0 Ok\r\n", SILENCE)}
-    silent: Any = {"body": SILENCE}
+    one_each: Any = {"mail": Turns(b"250 ok\r\n", SILENCE)}
+    silent: Any = {"mail": SILENCE}
     scripts: Any = (one_each, silent, {})
     with ScriptedServer(scripts, extensions=("8BITMIME",)) as server:
         queue(server, emails(4), max_attempts=2)
         for number, count in enumerate((2, 3), 1):
-            with broken_off(TimeLimit, server, count):
+            with broken_off(TimeLimit, server, b"MAIL", count):
                 work(payloads()[-1])
             server.close_all()
             assert payloads()[-1]["attempt"] == number
