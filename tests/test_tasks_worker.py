@@ -554,6 +554,10 @@ DAMAGES: dict[str, Callable[[Any], Any]] = {
     "smtputf8": lambda p: damage(p, smtputf8_error=1),
     "size's type": lambda p: damage(p, size="1"),
     "lines": lambda p: damage(p, content=compressed(b"a\n.\nb\r\n"), size=7),
+    "recipients": lambda p: damage(p, recipients="a@example.com"),
+    "no recipients": lambda p: damage(p, recipients=[]),
+    "attempts": lambda p: damage(p, earlier={"state": "sent", "attempts": "1"}),
+    "reply": lambda p: damage(p, earlier={"state": "sent", "reply": 1}),
     "earlier": lambda p: damage(p, earlier={"state": "sent", "refused": []}),
 }
 
