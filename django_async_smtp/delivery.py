@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+BrokenOff = Callable[["Envelope", "Delivery"], None]
 Upcoming = Callable[[], "Envelope | None"]
 
 # Neither the one that a project may seed, nor the same in every forked worker.
@@ -77,6 +79,11 @@ class Delivery:
     task_id: str = ""
 
 
+# Is told what had become of a message whose delivery was cancelled, where that is
+# anything: who cancelled it may have to know.
+broken_off: ContextVar[BrokenOff | None] = ContextVar("broken_off", default=None)
+
+
 def _nothing() -> None:
     """Stand in for a message that is not there."""
 
@@ -99,6 +106,10 @@ class Courier:
         self._begun_on: Session | None = None
         self._upcoming: Upcoming = _nothing
         self._stages: dict[errors.Stage, float] = {}
+        # Of the message at hand, whose further transactions go on; and to whom now.
+        self._outcome: Delivery | None = None
+        self._rest: list[str] = []
+        self._is_unanswered = False
 
     async def prepare(self) -> None:
         """Have a session ready ahead of the first message."""
@@ -136,8 +147,12 @@ class Courier:
         self.attempts = 0
         self._stages = {}
         self._upcoming = upcoming
+        self._outcome, self._rest = None, []
         try:
             outcome = await self._to_all(envelope)
+        except asyncio.CancelledError:
+            self._tell_broken_off(envelope)
+            raise
         except Exception as error:
             # The pool has counted what went wrong on connecting.
             if not is_before_mail(error) or isinstance(error, errors.PoolTimeout):
@@ -156,6 +171,25 @@ class Courier:
             stages=self._stages,
         )
 
+    def _tell_broken_off(self, envelope: Envelope) -> None:
+        """Tell what had become of a message, where that is anything."""
+        tell = broken_off.get()
+        if tell is None or not (self._is_unanswered or self._outcome is not None):
+            return
+        server = self._pool.options.server
+        error = errors.Disconnected(
+            f"the message: the wait for the answer of {server} was broken off",
+            stage="body",
+            server=server,
+            maybe_delivered=True,
+        )
+        outcome = self._outcome or _failure(error)
+        if self._is_unanswered:
+            no = (0, f"{error}{MAYBE_DELIVERED}")
+            refused = outcome.refused | dict.fromkeys(self._rest, no)
+            outcome = replace(outcome, refused=refused)
+        tell(envelope, replace(outcome, server=server, attempts=self.attempts))
+
     async def _to_all(self, envelope: Envelope) -> Delivery:
         """
         Send to all recipients, in further transactions where one takes too few.
@@ -168,12 +202,14 @@ class Courier:
         retry, has_progress = 0, True
         put_off = _put_off(outcome.refused)
         while put_off:
+            self._outcome = outcome
             rest = [a for a in put_off if put_off[a] == TOO_MANY_RECIPIENTS]
             if not (rest and has_progress):
                 if not await self._pause(retry, deadline):
                     break
                 retry, rest = retry + 1, list(put_off)
             others = {a: code for a, code in put_off.items() if a not in rest}
+            self._rest = rest
             further = await self._further(replace(envelope, recipients=tuple(rest)))
             has_progress = bool(further.accepted)
             outcome = _joined(outcome, further)
@@ -230,9 +266,11 @@ class Courier:
         return await self._transact(await self._take_turn(fresh=True), envelope)
 
     async def _transact(self, session: Session, envelope: Envelope) -> Receipt:
+        self._is_unanswered = False
         try:
             return await session.send(envelope, partial(self._next_on, session))
         finally:
+            self._is_unanswered = session.is_unanswered
             self._stages = dict(session.stages)
             if session.begun is not None:
                 self._begun_on = session

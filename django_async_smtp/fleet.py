@@ -28,6 +28,9 @@ from .logs import log
 # none.
 ANSWER_TIMEOUT: Final = 2.0
 DOWN_TIME: Final = 5.0
+# Seconds after which an answer will not come any more: the cache's client may wait for
+# ever on a connection that is dead.
+LOST_AFTER: Final = 60.0
 # Seconds that a count is kept for after its window: clocks differ.
 KEPT_FOR: Final = 3600
 
@@ -95,6 +98,9 @@ class FleetLimit:
     def _take(self, timeout: float) -> float:
         """Take a slot; in a thread."""
         now = time.time()
+        if self._first_free * self._seconds > now + timeout + self._seconds:
+            # The clock was set back.
+            self._first_free = 0
         window = max(math.floor(now / self._seconds), self._first_free)
         while window * self._seconds <= now + timeout:
             slot = self._ticket(window, now) - 1
@@ -123,14 +129,23 @@ class _Asker:
     """A thread that asks one cache; it keeps the cache's connection."""
 
     def __init__(self) -> None:
-        self.questions: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        # None ends it.
+        self.questions: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._asked_at = math.inf
         threading.Thread(
             target=self._run, name="django-async-smtp-cache", daemon=True
         ).start()
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether it has been waiting for an answer for too long."""
+        return time.monotonic() - self._asked_at > LOST_AFTER
+
     def _run(self) -> None:
-        while True:
-            self.questions.get()()
+        while (question := self.questions.get()) is not None:
+            self._asked_at = time.monotonic()
+            question()
+            self._asked_at = math.inf
 
 
 _askers: dict[str, _Asker] = {}
@@ -148,10 +163,17 @@ def _ask(alias: str, question: Callable[[float], float], timeout: float) -> Any:
         except BaseException as error:
             answer.set_exception(error)
 
-    if alias not in _askers:
-        _askers[alias] = _Asker()
-    _askers[alias].questions.put(put)
+    _asker(alias).questions.put(put)
     return answer
+
+
+def _asker(alias: str) -> _Asker:
+    asker = _askers.get(alias)
+    if asker is None or asker.is_lost:
+        if asker is not None:
+            asker.questions.put(None)
+        asker = _askers[alias] = _Asker()
+    return asker
 
 
 def _tell(level: int, message: str, *args: object) -> None:

@@ -54,6 +54,8 @@ class Session:
     :ivar end_of_life: the loop's time at which to replace it.
     :ivar stages: how long the stages of the message at hand, or the last one, took;
         those of the opening too where it is the first.
+    :ivar is_unanswered: whether the wait for the answer to a whole message was
+        cancelled.
     :ivar begun: the envelope whose commands went out with the message before, and
         which must be sent next, or the session ended.
     """
@@ -71,6 +73,7 @@ class Session:
         self.sent = 0
         self.is_used = False
         self.was_ended = False
+        self.is_unanswered = False
         self.end_of_life = math.inf
         self.stages = StageTimes()
         self._opened_in: dict[errors.Stage, float] = {}
@@ -341,6 +344,9 @@ class Session:
             raise translate(
                 error, "body", options, maybe_delivered=dialogue.is_message_written
             ) from error
+        except asyncio.CancelledError:
+            self.is_unanswered = dialogue.is_message_written
+            raise
         return reply
 
     def _group(self, upcoming: Envelope | None) -> list[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -47,6 +48,7 @@ def _cache(settings: Any) -> Iterator[None]:
     yield
     FaultyCache.is_up = True
     FaultyCache.answers.set()
+    FaultyCache.dead.clear()
     # Their threads' caches are those of this test's settings.
     fleet._askers.clear()
 
@@ -122,6 +124,14 @@ def test_an_expired_count_is_begun_anew(clock: Clock) -> None:
     assert taken([limit], 2) == pytest.approx([0, 0.1])
 
 
+def test_a_clock_that_was_set_back_does_no_harm(clock: Clock) -> None:
+    [limit] = limits(1, 1)
+    taken([limit], 3, timeout=2)
+    assert limit._take(2) == math.inf
+    clock.now -= 3600
+    assert limit._take(2) == 0
+
+
 async def wait_for(limit: FleetLimit, timeout: float = 60.0) -> float | None:
     return await limit.wait_for(timeout)
 
@@ -188,6 +198,20 @@ def test_a_cache_that_hangs_holds_nobody_up(
     assert ticks > 3
     wait_until(lambda: said(caplog))
     assert "no answer" in said(caplog)[0][1]
+
+
+def test_a_connection_to_the_cache_that_is_dead_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fleet, "DOWN_TIME", 0)
+    [limit] = limits(1, 1000)
+    assert asyncio.run(wait_for(limit)) is not None
+    monkeypatch.setattr(fleet, "ANSWER_TIMEOUT", 0.2)
+    FaultyCache.dead.update(threading.enumerate())
+    assert asyncio.run(wait_for(limit)) is None
+    assert asyncio.run(wait_for(limit)) is None
+    monkeypatch.setattr(fleet, "LOST_AFTER", 0)
+    wait_until(lambda: asyncio.run(wait_for(limit)) is not None)
 
 
 def limited(

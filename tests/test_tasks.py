@@ -94,6 +94,9 @@ def send(request: pytest.FixtureRequest) -> Send:
     return way
 
 
+FIXED = {"Message-ID": "<1@example.com>", "Date": "Thu, 01 Jan 2026 00:00:00 -0000"}
+
+
 def sizes() -> list[int]:
     """Return how many messages each task holds."""
     return [len(payload["messages"]) for payload in payloads()]
@@ -194,6 +197,29 @@ def test_a_task_holds_no_more_than_max_size(make_queue: MakeQueue, send: Send) -
     assert send(make_queue(max_size=12_000), messages) == 4
     assert sizes() == [2, 2]
     assert all(len(json.dumps(payload)) <= 12_000 for payload in payloads())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_max_size_is_what_the_task_takes(make_queue: MakeQueue, count: int) -> None:
+    messages = [
+        EmailMessage("1", "é", "a@example.com", ["é@example.com"], headers=FIXED)
+        for _ in range(count)
+    ]
+    make_queue().send_messages(messages)
+    size = len(json.dumps(payloads()[0]))
+    # It holds max_size, too.
+    options = {"max_size": size - len("5000000") + len(f"{size}")}
+    Keeping.enqueued.clear()
+    make_queue(**options).send_messages(messages)
+    assert [len(json.dumps(payload)) for payload in payloads()] == [options["max_size"]]
+    options["max_size"] -= 1
+    Keeping.enqueued.clear()
+    if count > 1:
+        make_queue(**options).send_messages(messages)
+        assert sizes() == [count - 1, 1]
+    else:
+        with pytest.raises(NotQueued, match=f"takes {options['max_size'] + 1} bytes"):
+            make_queue(**options).send_messages(messages)
 
 
 def too_large() -> Any:
@@ -633,6 +659,27 @@ from django_async_smtp.tasks.worker import send_queued
 print(send_queued.backend, send_queued.queue_name)
 """
     assert run(code) == "mail mail"
+
+
+def test_an_engine_with_tasks_of_its_own_has_one_whichever_is_the_first() -> None:
+    """Celery's workers drop what they do not know."""
+    pytest.importorskip("django_tasks_fennel")
+    celery = {"BACKEND": "django_tasks_fennel.CeleryBackend"}
+    broken = {"BACKEND": "missing.Backend"}
+    tasks = {"broken": broken, "mail": celery, **tasks_of(IMMEDIATE)}
+    code = f"""
+import os
+os.environ["DJANGO_SETTINGS_MODULE"] = "none"
+from django.conf import settings
+settings.configure(TASKS={tasks!r}, INSTALLED_APPS=["django_tasks_fennel"], USE_TZ=True)
+import django
+django.setup()
+from django_async_smtp.tasks.worker import send_queued
+from celery import current_app
+print(send_queued.backend, [name for name in current_app.tasks if "smtp" in name])
+"""
+    name = "django_tasks:django_async_smtp.tasks.worker.send_queued"
+    assert run(code) == f"default ['{name}']"
 
 
 def test_the_tasks_name_stays() -> None:

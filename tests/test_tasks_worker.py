@@ -6,8 +6,10 @@ import base64
 import logging
 import signal
 import threading
+import traceback
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any
@@ -303,8 +305,10 @@ def test_what_cannot_be_queued_again_fails_the_task(
 ) -> None:
     payload = queue(server, [email("1"), email("2", [GREYLISTED])])
     settings.TASKS = tasks_of(Down)
-    with pytest.raises(NotQueued, match="ConnectionError"):
+    with pytest.raises(NotQueued, match="ConnectionError") as why:
         work(payload)
+    # What engines keep of it.
+    assert "s3cr3t" not in "".join(traceback.format_exception(why.value))
     [text] = said(caplog, logging.ERROR)
     assert text.startswith("1 messages that failed are lost")
     assert "s3cr3t" not in caplog.text
@@ -339,37 +343,128 @@ class TimeLimit(Exception):
     """As engines raise it within a task, from a signal handler."""
 
 
+@contextmanager
+def broken_off(
+    reason: type[BaseException],
+    server: ScriptedServer,
+    verb: bytes,
+    count: int,
+    messages: int = 0,
+) -> Iterator[None]:
+    """Have a signal handler raise, as workers' do, once so many commands came."""
+
+    def end(*args: object) -> None:
+        raise reason
+
+    def interrupt() -> None:
+        wait_until(lambda: len(server.commands(verb)) == count)
+        wait_until(lambda: len(server.received) >= messages)
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    main = threading.get_ident()
+    previous = signal.signal(signal.SIGUSR1, end)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(reason):
+            yield
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, previous)
+
+
 @pytest.mark.parametrize("reason", [SystemExit, KeyboardInterrupt, TimeLimit])
 def test_a_task_that_is_broken_off_is_queued_again(
     queue: Queue, told: Told, reason: type[BaseException]
 ) -> None:
-    def end(*args: object) -> None:
-        raise reason
-
-    script: Any = {"body": Turns(b"250 2.0.0 Ok\r\n", SILENCE)}
+    script: Any = {"mail": Turns(b"250 ok\r\n", SILENCE)}
     with ScriptedServer((script,), extensions=("8BITMIME",)) as server:
         payload = queue(server, emails(3))
-        previous = signal.signal(signal.SIGUSR1, end)
-        main = threading.main_thread().ident
-        assert main is not None
-
-        def interrupt() -> None:
-            wait_until(lambda: len(server.received) == 2)
-            signal.pthread_kill(main, signal.SIGUSR1)
-
-        thread = threading.Thread(target=interrupt)
-        thread.start()
-        try:
-            with pytest.raises(reason):
-                work(payload)
-        finally:
-            thread.join()
-            signal.signal(signal.SIGUSR1, previous)
-    # The first was sent; of the second, nobody knows.
+        with broken_off(reason, server, b"MAIL", 2):
+            work(payload)
     assert [message.subject for message, _ in told] == ["0"]
-    again = payloads()[-1]
-    assert len(again["messages"]) == 2
-    assert again["attempt"] == 2
+    assert len(payloads()[-1]["messages"]) == 2
+
+
+@pytest.mark.parametrize("resend_unknown", [False, True])
+def test_a_message_whose_answer_is_broken_off_may_have_been_delivered(
+    queue: Queue, told: Told, resend_unknown: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    script: Any = {"body": Turns(b"250 2.0.0 Ok\r\n", SILENCE)}
+    with ScriptedServer((script,), extensions=("8BITMIME",)) as server:
+        payload = queue(server, emails(3), resend_unknown=resend_unknown)
+        with broken_off(TimeLimit, server, b"DATA", 2, messages=2):
+            work(payload)
+    again = len(payloads()[-1]["messages"])
+    if resend_unknown:
+        assert ([d.state for _, d in told], again) == (["sent"], 2)
+        return
+    assert ([d.state for _, d in told], again) == (["sent", "unknown"], 1)
+    [text] = said(caplog, logging.ERROR)
+    assert "may have been delivered, and is not sent again" in text
+
+
+@pytest.mark.parametrize(
+    ("stage", "left"), [("mail", ["b@example.com", "c@example.com"]), ("body", [])]
+)
+def test_of_a_message_that_is_broken_off_only_the_rest_is_sent_again(
+    queue: Queue, told: Told, stage: str, left: list[str]
+) -> None:
+    """The second transaction of a message hangs, with two of its recipients."""
+    too_many: Any = {
+        "b@example.com": Turns(b"452 4.5.3 too many\r\n"),
+        "c@example.com": Turns(b"452 4.5.3 too many\r\n"),
+        stage: Turns(b"250 2.0.0 Ok\r\n", SILENCE),
+    }
+    to = ["a@example.com", "b@example.com", "c@example.com"]
+    with ScriptedServer((too_many,), extensions=("8BITMIME",)) as server:
+        payload = queue(server, [email("1", to)])
+        verb, messages = (b"MAIL", 1) if stage == "mail" else (b"DATA", 2)
+        with broken_off(TimeLimit, server, verb, 2, messages=messages):
+            work(payload)
+    if left:
+        assert recipients(payloads()[-1]) == [left]
+        assert payloads()[-1]["messages"][0]["earlier"]["accepted"] == to[:1]
+        return
+    [(_, delivery)] = told
+    assert delivery.accepted == ("a@example.com",)
+    assert list(delivery.refused) == to[1:]
+    assert len(payloads()) == 1
+
+
+def test_what_a_task_did_not_come_to_has_lost_no_attempt(queue: Queue) -> None:
+    """But for the first of them: a message that stops each worker must end."""
+    one_each: Any = {"mail": Turns(b"250 ok\r\n", SILENCE)}
+    silent: Any = {"mail": SILENCE}
+    scripts: Any = (one_each, silent, {})
+    with ScriptedServer(scripts, extensions=("8BITMIME",)) as server:
+        queue(server, emails(4), max_attempts=2)
+        for number, count in enumerate((2, 3), 1):
+            with broken_off(TimeLimit, server, b"MAIL", count):
+                work(payloads()[-1])
+            server.close_all()
+            assert payloads()[-1]["attempt"] == number
+        assert len(payloads()[-1]["messages"]) == 3
+        assert work(payloads()[-1]) == {"sent": 3, "failed": 0, "again": 0}
+
+
+def test_a_task_that_takes_too_long_leaves_the_rest(
+    server: MailServer,
+    queue: Queue,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(sending, "TASK_SECONDS", 0)
+    queue(server, emails(10), max_attempts=1)
+    while len(server.received) < 10:
+        received = len(server.received)
+        work(payloads()[-1])
+        assert len(server.received) > received
+    assert sorted(subjects(server), key=int) == [str(n) for n in range(10)]
+    assert len(payloads()) > 2
+    assert {payload["attempt"] for payload in payloads()} == {1}
+    assert said(caplog, logging.WARNING)[0].endswith("the task took too long")
+    assert not said(caplog, logging.ERROR)
 
 
 def test_the_rate_limit_costs_no_attempt(server: MailServer, queue: Queue) -> None:
@@ -384,8 +479,9 @@ def test_the_rate_limit_costs_an_attempt_where_nothing_can_wait(
 ) -> None:
     settings.TASKS = tasks_of(NotDeferring)
     smtp = {"rate_limit": 0.1, "timeout": 0.5}
-    payload = queue(server, emails(3), smtp, max_attempts=1)
-    assert work(payload) == {"sent": 1, "failed": 2, "again": 0}
+    payload = queue(server, emails(3), smtp, max_attempts=2)
+    assert work(payload) == {"sent": 1, "failed": 0, "again": 2}
+    assert work(payloads()[-1]) == {"sent": 0, "failed": 2, "again": 0}
 
 
 def test_mail_of_a_log_handler_is_not_logged(
@@ -402,6 +498,28 @@ def test_mail_of_a_log_handler_is_not_logged(
     assert said(caplog, logging.ERROR) == []
     assert told == []
     assert "Queued mail not sent" in capsys.readouterr().err
+
+
+def test_nor_is_anything_raised_of_it(
+    server: MailServer,
+    queue: Queue,
+    settings: Any,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Engines log what a task raises, which the handler would mail, and so on."""
+    payload = queue(server, [email("1", [GREYLISTED])])
+    payload["quiet"] = True
+    assert work({**payload, "version": 0}) == {}
+    assert "The task is of version 0" in capsys.readouterr().err
+    settings.TASKS = tasks_of(Down)
+    assert work(payload) == {}
+    assert "not queued again" in capsys.readouterr().err
+    settings.TASKS = tasks_of(Keeping)
+    configure_queue(settings, {"host": server.host, "port": "many"})
+    assert work(payload) == {}
+    assert payloads()[-1]["attempt"] == 2
+    assert said(caplog, logging.ERROR) == []
 
 
 # Tasks that cannot be read.
@@ -436,6 +554,10 @@ DAMAGES: dict[str, Callable[[Any], Any]] = {
     "smtputf8": lambda p: damage(p, smtputf8_error=1),
     "size's type": lambda p: damage(p, size="1"),
     "lines": lambda p: damage(p, content=compressed(b"a\n.\nb\r\n"), size=7),
+    "recipients": lambda p: damage(p, recipients="a@example.com"),
+    "no recipients": lambda p: damage(p, recipients=[]),
+    "attempts": lambda p: damage(p, earlier={"state": "sent", "attempts": "1"}),
+    "reply": lambda p: damage(p, earlier={"state": "sent", "reply": 1}),
     "earlier": lambda p: damage(p, earlier={"state": "sent", "refused": []}),
 }
 

@@ -128,14 +128,18 @@ def task(function: Callable[..., Any]) -> Any:
     Where it is enqueued is said then; here, it need only be possible: a project may
     have neither a task backend nor a queue of the name ``default``.
     """
-    tasks = library()
-    backend, queue_name = _some_queue(tasks)
-    return tasks.task(backend=backend, queue_name=queue_name)(function)
-
-
-def _some_queue(tasks: Any) -> tuple[str, str]:
     known = getattr(settings, "TASKS", None) or {DEFAULT: {}}
-    alias = DEFAULT if DEFAULT in known else next(iter(known))
-    queues = tasks.task_backends[alias].queues
+    first, *others = sorted(known, key=lambda alias: alias != DEFAULT)
+    made = _task_of(first, function)
+    for alias in others:
+        # Celery's has tasks of its own, which it makes known to its workers. What is
+        # wrong with one is said where it is used.
+        with suppress(Exception):
+            _task_of(alias, function)
+    return made
+
+
+def _task_of(alias: str, function: Callable[..., Any]) -> Any:
+    queues = library().task_backends[alias].queues
     queue = DEFAULT if not queues or DEFAULT in queues else min(queues)
-    return alias, queue
+    return library().task(backend=alias, queue_name=queue)(function)

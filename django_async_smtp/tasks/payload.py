@@ -71,6 +71,11 @@ class Payload:
     attempt: int = 1
     quiet: bool = False
 
+    @property
+    def size(self) -> int:
+        """How many bytes it takes, as JSON."""
+        return len(dumps(self.as_json()))
+
     def as_json(self) -> dict[str, Any]:
         """Return it as dicts, lists, strings and numbers."""
         return {"version": VERSION, **asdict(self)}
@@ -175,7 +180,10 @@ def _parsed(content: bytes) -> ParsedMessage:
 
 def _envelope(packed: Packed) -> Envelope:
     addresses = [packed.sender, *packed.recipients]
-    if not all(type(one) is str and one.isprintable() for one in addresses):
+    is_list = isinstance(packed.recipients, list) and len(addresses) > 1
+    if not is_list or not all(
+        type(one) is str and one.isprintable() for one in addresses
+    ):
         raise PayloadError("The task is damaged: an address.")
     if not isinstance(packed.smtputf8_error, str | None):
         raise PayloadError("The task is damaged: smtputf8_error.")
@@ -205,5 +213,11 @@ def _content(packed: Packed) -> bytes:
 def _delivery(values: Mapping[str, Any]) -> Delivery:
     """Return an earlier outcome."""
     found = Delivery(**values)
+    # What the outcome of this attempt is added to, after it.
+    numbers, texts = (found.attempts, found.seconds), (found.reply, *found.accepted)
+    if not all(isinstance(number, int | float) for number in numbers) or not all(
+        isinstance(text, str) for text in texts
+    ):
+        raise PayloadError("The task is damaged: an earlier outcome.")
     refused = {a: (code, text) for a, (code, text) in found.refused.items()}
     return replace(found, accepted=tuple(found.accepted), refused=refused)

@@ -23,8 +23,8 @@ from .sending import send_now
 if TYPE_CHECKING:
     from django.core.mail import EmailMessage
 
-# Of a task, beside its messages.
-FRAME: Final = 500
+# Bytes between two messages of a task.
+COMMA: Final = 2
 
 
 @dataclass
@@ -32,13 +32,13 @@ class Batch:
     """
     The messages of one task.
 
-    :ivar size: how many bytes the task holds, about.
+    :ivar size: how many bytes the task holds.
     """
 
     task: Any
+    size: int
     payload: dict[str, Any] = field(default_factory=dict)
     items: list[Item] = field(default_factory=list)
-    size: int = FRAME
 
 
 class Queueing:
@@ -57,6 +57,8 @@ class Queueing:
         self._queue = backend.queue
         self._mailing = Mailing(backend, messages)
         self._is_quiet = quiet.get() or is_within_a_log_handler()
+        # What a task holds beside its messages.
+        self._frame = Payload(self._queue, (), quiet=self._is_quiet).size
         # Built, and for the next batch.
         self._held: tuple[Item, Packed] | None = None
         self._left: list[Item] = []
@@ -108,7 +110,7 @@ class Queueing:
 
     def _built(self) -> Batch | None:
         """Return the messages of the next task."""
-        batch = Batch(self._task)
+        batch = Batch(self._task, self._frame)
         messages: list[Packed] = []
         while len(messages) < self._queue.batch_size:
             found = self._held or self._take()
@@ -116,10 +118,11 @@ class Queueing:
             if found is None:
                 break
             item, message = found
-            if messages and batch.size + message.task_size > self._queue.max_size:
+            size = batch.size + COMMA * bool(messages) + message.task_size
+            if messages and size > self._queue.max_size:
                 self._held = found
                 break
-            batch.size += message.task_size
+            batch.size = size
             # Without the bytes, which the task has.
             batch.items.append(replace(item, envelope=None))
             messages.append(message)
@@ -137,7 +140,7 @@ class Queueing:
                 self._finish(item, envelope)
                 continue
             message = packed(envelope)
-            size = FRAME + message.task_size
+            size = self._frame + message.task_size
             if size <= self._queue.max_size and message.size <= MAX_CONTENT:
                 return item, message
             self._finish_too_large(item, envelope, size)

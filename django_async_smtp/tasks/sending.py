@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -13,7 +14,7 @@ from django.core.exceptions import ImproperlyConfigured
 from .. import options as opts
 from ..backend import Backend
 from ..callers import InCaller
-from ..delivery import Delivery
+from ..delivery import Delivery, broken_off
 from ..dispatch import Done, Item, Outcome, deliver
 from ..envelope import Envelope
 from ..loop import smtp_loop
@@ -22,6 +23,9 @@ from ..mailing import ONE_CONNECTION
 if TYPE_CHECKING:
     from ..options import Route
 
+# Seconds after which a task begins no further message. RQ breaks it off after 180 s;
+# ``requeue_mail`` takes one that runs for half an hour for lost.
+TASK_SECONDS: Final = 100.0
 # Seconds that a call that was broken off gets to say what it had sent.
 LAST_WORDS: Final = 2.0
 
@@ -49,10 +53,13 @@ class _Shipment:
     def __init__(self, parcels: Sequence[Parcel]) -> None:
         self._parcels = parcels
         self._taken = 0
+        self._end = time.monotonic() + TASK_SECONDS
 
     def take(self, done: Sequence[Done], count: int) -> list[Item]:
         """Note what became of some; return the next, up to a count; none at the end."""
         self.finish(done)
+        if self._taken and time.monotonic() > self._end:
+            return []
         first, self._taken = self._taken, min(self._taken + count, len(self._parcels))
         return [self._item(index) for index in range(first, self._taken)]
 
@@ -61,6 +68,12 @@ class _Shipment:
         count = len(self._parcels)
         has_backlog = index == 0 and count > ONE_CONNECTION
         return Item(index, parcel, parcel.envelope, has_backlog, index == count - 1)
+
+    def note_broken_off(self, envelope: Envelope, delivery: Delivery) -> None:
+        """Note what had become of one whose delivery was cancelled."""
+        for parcel in self._parcels:
+            if parcel.envelope is envelope:
+                parcel.delivery = delivery
 
     def finish(self, done: Sequence[Done]) -> None:
         """Note what became of the last ones."""
@@ -94,7 +107,8 @@ def send(parcels: Sequence[Parcel], backend: Backend) -> None:
     Send parcels; what became of each is its ``delivery`` then.
 
     Where it is broken off, as by a time limit of the worker, it is that of those that
-    were sent by then; the others keep None.
+    were sent by then, or may have been; the others keep None. So do those that a task
+    has no time for.
 
     :raises ImproperlyConfigured: the backend's options cannot be used.
     """
@@ -129,6 +143,8 @@ def send_now(envelope: Envelope, mailer: str | None) -> Delivery:
 async def _deliver(
     in_caller: InCaller, shipment: _Shipment, route: Route, ended: threading.Event
 ) -> Outcome:
+    # In a context of its own.
+    broken_off.set(shipment.note_broken_off)
     try:
         with smtp_loop().pools_for(route) as pools:
             return await deliver(in_caller, shipment, route, pools, [])

@@ -38,13 +38,13 @@ class Verdict:
 
     :ivar delivery: what became of it in all attempts.
     :ivar again: the recipients to whom it is to be sent again.
-    :ivar is_held_up: whether it was not tried, for others were sent.
+    :ivar is_free: whether that is no attempt of its own: it was not tried.
     """
 
     message: QueuedMessage
     delivery: Delivery
     again: Sequence[str]
-    is_held_up: bool
+    is_free: bool
 
 
 @engine.task
@@ -52,30 +52,38 @@ def send_queued(payload: Mapping[str, Any]) -> dict[str, int]:
     """
     Send the messages of a task.
 
-    :returns: how many were ``sent``, ``failed`` for good, and are queued ``again``.
+    :returns: how many were ``sent``, ``failed`` for good, and are queued ``again``;
+        nothing where mail of a log handler was broken off.
     :raises PayloadError: the task cannot be read; none of it was sent.
     :raises NotQueued: what failed could not be queued again.
     """
+    is_quiet = isinstance(payload, Mapping) and payload.get("quiet") is True
     try:
-        job, messages = unpacked(payload)
-    except PayloadError as error:
-        log(logging.ERROR, "Queued mail not sent: %s", error)
-        raise
-    with _as_quiet_as(job):
-        # Engines with coroutines may call it beside a running loop.
-        return as_in_a_plain_thread(_work, job, messages)
+        with _as_quiet_as(is_quiet):
+            # Engines with coroutines may call it beside a running loop.
+            return as_in_a_plain_thread(_work, payload)
+    except Exception:
+        if not is_quiet:
+            raise
+        # Engines log what a task raises; the handler would mail that, and so on.
+        return {}
 
 
 @contextmanager
-def _as_quiet_as(job: Payload) -> Iterator[None]:
-    token = quiet.set(quiet.get() or job.quiet)
+def _as_quiet_as(is_quiet: bool) -> Iterator[None]:
+    token = quiet.set(quiet.get() or is_quiet)
     try:
         yield
     finally:
         quiet.reset(token)
 
 
-def _work(job: Payload, messages: Sequence[QueuedMessage]) -> dict[str, int]:
+def _work(payload: Mapping[str, Any]) -> dict[str, int]:
+    try:
+        job, messages = unpacked(payload)
+    except PayloadError as error:
+        log(logging.ERROR, "Queued mail not sent: %s", error)
+        raise
     backend = None
     try:
         backend = sender(job.queue.mailer)
@@ -94,7 +102,10 @@ def _settle(
     broken_off: BaseException | None = None,
 ) -> dict[str, int]:
     """Queue again what is to be sent again, and tell what became of the others."""
-    verdicts = [_verdict(job, message, broken_off) for message in messages]
+    has_progress = any(map(_was_tried, messages))
+    verdicts = [
+        _verdict(job, message, broken_off, has_progress) for message in messages
+    ]
     again = [verdict for verdict in verdicts if verdict.again]
     final = [verdict for verdict in verdicts if not verdict.again]
     try:
@@ -108,21 +119,33 @@ def _settle(
     return {"sent": sent, "failed": len(final) - sent, "again": len(again)}
 
 
+def _was_tried(message: QueuedMessage) -> bool:
+    delivery = message.delivery
+    return delivery is not None and not isinstance(delivery.error, errors.PoolTimeout)
+
+
 def _verdict(
-    job: Payload, message: QueuedMessage, broken_off: BaseException | None
+    job: Payload,
+    message: QueuedMessage,
+    broken_off: BaseException | None,
+    has_progress: bool,
 ) -> Verdict:
     last = message.delivery
     if last is None:
         error = broken_off if isinstance(broken_off, Exception) else None
-        last = Delivery(state="failed", error=error)
-        again = message.recipients()
+        state: Any = "not_sent" if broken_off is None else "failed"
+        last = Delivery(state=state, error=error)
+        again, is_free = message.recipients(), has_progress
     else:
         again = _to_try_again(job, message, last)
-    is_held_up = isinstance(last.error, errors.PoolTimeout)
-    is_last = job.attempt >= job.queue.max_attempts
-    if is_last and not (is_held_up and engine.task_backend(job.queue).supports_defer):
+        # Where nothing can wait, it must end.
+        is_free = (
+            isinstance(last.error, errors.PoolTimeout)
+            and engine.task_backend(job.queue).supports_defer
+        )
+    if job.attempt >= job.queue.max_attempts and not is_free:
         again = []
-    return Verdict(message, _joined(message, last), again, is_held_up)
+    return Verdict(message, _joined(message, last), again, is_free)
 
 
 def _to_try_again(job: Payload, message: QueuedMessage, last: Delivery) -> list[str]:
@@ -172,8 +195,7 @@ def _queue_again(job: Payload, again: Sequence[Verdict]) -> None:
 
     :raises NotQueued: the engine did not take it.
     """
-    is_held_up = all(verdict.is_held_up for verdict in again)
-    attempt = job.attempt + (not is_held_up)
+    attempt = job.attempt + (not all(verdict.is_free for verdict in again))
     pause = BACKOFF[min(job.attempt, len(BACKOFF)) - 1] * _random.uniform(1, 1 + JITTER)
     messages = [_packed_again(verdict) for verdict in again]
     payload = replace(job, messages=messages, attempt=attempt).as_json()
@@ -186,7 +208,8 @@ def _queue_again(job: Payload, again: Sequence[Verdict]) -> None:
         failure = engine.not_queued(job.queue, error)
         message = "%d messages that failed are lost, for they were not queued again: %s"
         log(logging.ERROR, message, len(again), failure, **log_fields(failure))
-        raise failure from error
+        # Engines keep the traceback: no words of theirs, which may hold the task.
+        raise failure from None
 
 
 def _packed_again(verdict: Verdict) -> Packed:
@@ -275,5 +298,7 @@ def _reason(delivery: Delivery) -> str:
         return f"{error}{hint}"
     if delivery.refused:
         return "; ".join(f"{a}: {c} {t}" for a, (c, t) in delivery.refused.items())
+    if error is None and delivery.state == "not_sent":
+        return "the task took too long"
     # Of others, nobody knows what it tells.
     return type(error).__name__ if error is not None else "the worker was stopped"

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,75 @@ def test_a_worker_of_redis_is_killed_and_nothing_is_lost(
         wait_until(lambda: not children(worker.pid), 30)
         wait_until(lambda: project.run("django", "requeue_mail").startswith("1 "), 30)
         wait_until(lambda: len(arrived(server.received)) == 3, 30)
+
+
+GIVEN_UP = """
+import django_rq
+from rq.registry import FailedJobRegistry
+queue = django_rq.get_queue("default")
+jobs = map(queue.fetch_job, FailedJobRegistry(queue=queue).get_job_ids())
+print([job.meta.get("django_async_smtp_given_up") for job in jobs])
+"""
+
+
+def test_a_task_that_kills_each_worker_of_redis_is_given_up(
+    make_project: MakeProject, redis_port: int
+) -> None:
+    need("django_tasks_rq")
+
+    def is_requeued() -> bool:
+        return project.run("django", "requeue_mail").startswith("1 ")
+
+    def is_given_up() -> bool:
+        assert not is_requeued()
+        return "[True]" in project.run("django", "shell", "--command", GIVEN_UP)
+
+    with ScriptedServer(({"body": SILENCE},)) as server:
+        project = make_project("rq", server, redis_port)
+        worker = project.start("django", "rqworker")
+        project.send("1")
+        for runs in range(1, 6):
+            wait_until(partial(has_received, server, runs), 30)
+            [horse] = children(worker.pid)
+            os.kill(horse, signal.SIGKILL)
+            wait_until(lambda: not children(worker.pid), 30)
+            wait_until(is_requeued if runs < 5 else is_given_up, 30)
+
+
+def has_received(server: ScriptedServer, count: int) -> bool:
+    """Whether so many messages came."""
+    return len(server.received) == count
+
+
+# A task of a database that was begun a minute ago, and how often it was.
+BEGUN = """
+from datetime import timedelta
+from django.utils import timezone
+from django_tasks_db.models import DBTaskResult
+begun = timezone.now() - timedelta(minutes=1)
+for runs, task in enumerate(DBTaskResult.objects.order_by("enqueued_at"), 4):
+    task.worker_ids, task.started_at, task.status = ["a"] * runs, begun, "RUNNING"
+    task.save()
+"""
+STATES = """
+from django_tasks_db.models import DBTaskResult
+print(sorted(DBTaskResult.objects.values_list("status", flat=True)))
+"""
+
+
+def test_a_task_that_kills_each_worker_of_a_database_is_given_up(
+    make_project: MakeProject,
+) -> None:
+    need("django_tasks_db")
+    with ScriptedServer() as server:
+        project = make_project("db", server)
+        project.run("django", "migrate", "--verbosity=0")
+        project.send("10")
+        project.run("django", "shell", "--verbosity=0", "--command", BEGUN)
+        assert project.run("django", "requeue_mail").startswith("0 ")
+        assert project.run("django", "requeue_mail", "--minutes=0.5").startswith("1 ")
+        states = project.run("django", "shell", "--verbosity=0", "--command", STATES)
+        assert states.strip() == "['FAILED', 'READY']"
 
 
 def test_a_rate_limit_holds_for_all_workers(
