@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-BrokenOff = Callable[["Envelope", "Delivery"], None]
 Upcoming = Callable[[], "Envelope | None"]
 
 # Neither the one that a project may seed, nor the same in every forked worker.
@@ -79,11 +77,6 @@ class Delivery:
     task_id: str = ""
 
 
-# Is told what had become of a message whose delivery was cancelled, where that is
-# anything: who cancelled it may have to know.
-broken_off: ContextVar[BrokenOff | None] = ContextVar("broken_off", default=None)
-
-
 def _nothing() -> None:
     """Stand in for a message that is not there."""
 
@@ -96,6 +89,8 @@ class Courier:
     else, between messages, user code runs, and may itself need a session.
 
     :ivar attempts: how often the message at hand was tried.
+    :ivar broken_off: what had become of the message whose delivery was cancelled; None
+        where that is nothing.
     """
 
     def __init__(self, route: Route, pools: list[Pool]) -> None:
@@ -106,6 +101,7 @@ class Courier:
         self._begun_on: Session | None = None
         self._upcoming: Upcoming = _nothing
         self._stages: dict[errors.Stage, float] = {}
+        self.broken_off: Delivery | None = None
         # Of the message at hand, whose further transactions go on; and to whom now.
         self._outcome: Delivery | None = None
         self._rest: list[str] = []
@@ -151,7 +147,7 @@ class Courier:
         try:
             outcome = await self._to_all(envelope)
         except asyncio.CancelledError:
-            self._tell_broken_off(envelope)
+            self.broken_off = self._so_far()
             raise
         except Exception as error:
             # The pool has counted what went wrong on connecting.
@@ -171,11 +167,10 @@ class Courier:
             stages=self._stages,
         )
 
-    def _tell_broken_off(self, envelope: Envelope) -> None:
-        """Tell what had become of a message, where that is anything."""
-        tell = broken_off.get()
-        if tell is None or not (self._is_unanswered or self._outcome is not None):
-            return
+    def _so_far(self) -> Delivery | None:
+        """Return what had become of a message, where that is anything."""
+        if not self._is_unanswered and self._outcome is None:
+            return None
         server = self._pool.options.server
         error = errors.Disconnected(
             f"the message: the wait for the answer of {server} was broken off",
@@ -188,7 +183,7 @@ class Courier:
             no = (0, f"{error}{MAYBE_DELIVERED}")
             refused = outcome.refused | dict.fromkeys(self._rest, no)
             outcome = replace(outcome, refused=refused)
-        tell(envelope, replace(outcome, server=server, attempts=self.attempts))
+        return replace(outcome, server=server, attempts=self.attempts)
 
     async def _to_all(self, envelope: Envelope) -> Delivery:
         """

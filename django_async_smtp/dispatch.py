@@ -302,7 +302,12 @@ class _Worker:
         while item is not None and not work.is_over:
             if item.has_backlog:
                 work.get_help()
-            delivery = await courier.deliver(item.envelope, self._upcoming)
+            try:
+                delivery = await courier.deliver(item.envelope, self._upcoming)
+            except asyncio.CancelledError:
+                if courier.broken_off is not None:
+                    work.untold.append((item, courier.broken_off))
+                raise
             work.untold.append((item, delivery))
             error = delivery.error
             if courier.is_cut_off(error):

@@ -25,6 +25,7 @@ from .conftest import MakeBackend, email, emails, states, subjects
 from .servers import (
     CLOSE,
     DEFAULT,
+    SILENCE,
     Pause,
     Script,
     ScriptedServer,
@@ -221,6 +222,24 @@ async def test_a_message_that_was_sent_says_so_though_the_call_is_cancelled(
         await busy
         assert len(server.received) == 1
     assert message.delivery.state == "sent"
+
+
+@pytest.mark.asyncio
+async def test_a_message_says_so_whose_answer_a_cancelled_call_did_not_await(
+    make_backend: MakeBackend,
+) -> None:
+    with ScriptedServer(scripts=({"body": SILENCE},)) as server:
+        message = email()
+        asend = make_backend(server).asend_messages
+        sending = asyncio.create_task(asend([message]))
+        await asyncio.to_thread(wait_until, lambda: server.received)
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        # The work ends a moment after the call.
+        await asyncio.to_thread(wait_until, lambda: hasattr(message, "delivery"))
+    assert message.delivery.state == "unknown"
+    assert message.delivery.error.maybe_delivered
 
 
 class SlowHandler(logging.Handler):

@@ -14,7 +14,7 @@ from django.core.exceptions import ImproperlyConfigured
 from .. import options as opts
 from ..backend import Backend
 from ..callers import InCaller
-from ..delivery import Delivery, broken_off
+from ..delivery import Delivery
 from ..dispatch import Done, Item, Outcome, deliver
 from ..envelope import Envelope
 from ..loop import smtp_loop
@@ -68,12 +68,6 @@ class _Shipment:
         count = len(self._parcels)
         has_backlog = index == 0 and count > ONE_CONNECTION
         return Item(index, parcel, parcel.envelope, has_backlog, index == count - 1)
-
-    def note_broken_off(self, envelope: Envelope, delivery: Delivery) -> None:
-        """Note what had become of one whose delivery was cancelled."""
-        for parcel in self._parcels:
-            if parcel.envelope is envelope:
-                parcel.delivery = delivery
 
     def finish(self, done: Sequence[Done]) -> None:
         """Note what became of the last ones."""
@@ -143,8 +137,6 @@ def send_now(envelope: Envelope, mailer: str | None) -> Delivery:
 async def _deliver(
     in_caller: InCaller, shipment: _Shipment, route: Route, ended: threading.Event
 ) -> Outcome:
-    # In a context of its own.
-    broken_off.set(shipment.note_broken_off)
     try:
         with smtp_loop().pools_for(route) as pools:
             return await deliver(in_caller, shipment, route, pools, [])
