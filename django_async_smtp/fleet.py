@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import cached_property
 from hashlib import sha256
 from queue import SimpleQueue
 from typing import Any, Final
@@ -49,12 +50,16 @@ class FleetLimit:
         self._rate = rate
         self._slots = max(1, math.floor(rate))
         self._seconds = self._slots / rate
-        digest = sha256(f"{server} {rate!r}".encode()).hexdigest()[:32]
-        self._key = f"django_async_smtp:rate:{digest}"
         # Windows before this one have no free slot.
         self._first_free = 0
         self._down_until = 0.0
         self._is_told = False
+
+    @cached_property
+    def _key(self) -> str:
+        # Options are made for every message; only those of a pool are counted with.
+        digest = sha256(f"{self._server} {self._rate!r}".encode()).hexdigest()[:32]
+        return f"django_async_smtp:rate:{digest}"
 
     async def wait_for(self, timeout: float) -> float | None:
         """

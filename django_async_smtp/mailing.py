@@ -239,11 +239,17 @@ def log_failure(error: SMTPError, delivery: Delivery | None = None) -> None:
     )
 
 
-def log_refused(delivery: Delivery) -> None:
-    """Log the recipients that a message did not reach, while it reached others."""
+def log_refused(
+    delivery: Delivery, level: int = logging.WARNING, **fields: object
+) -> None:
+    """
+    Log the recipients that a message did not reach, while it reached others.
+
+    :param fields: further ones of the log record.
+    """
     refused = (f"{a}: {code} {text}" for a, (code, text) in delivery.refused.items())
     log(
-        logging.WARNING,
+        level,
         "%s refused %d of %d recipients of a message that the others got: %s",
         delivery.server,
         len(delivery.refused),
@@ -252,6 +258,7 @@ def log_refused(delivery: Delivery) -> None:
         stage="rcpt",
         server=delivery.server,
         delivery=masked_delivery(delivery),
+        **fields,
     )
 
 

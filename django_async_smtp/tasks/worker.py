@@ -14,7 +14,7 @@ from ..backend import Backend
 from ..callers import as_in_a_plain_thread
 from ..delivery import MAYBE_DELIVERED, Delivery, is_before_mail
 from ..logs import log, quiet
-from ..mailing import log_fields, masked_delivery
+from ..mailing import log_fields, log_refused, masked_delivery
 from ..signals import post_send
 from . import engine
 from .payload import Packed, Payload, PayloadError, QueuedMessage, unpacked
@@ -229,7 +229,9 @@ def _tell(job: Payload, verdict: Verdict, sent_by: type[Any]) -> None:
     message.delivery = delivery
     if delivery.state == "sent":
         if delivery.refused:
-            _log_refused(delivery, message.message_id)
+            is_given_up = any(code < 500 for code, _ in delivery.refused.values())
+            level = logging.ERROR if is_given_up else logging.WARNING
+            log_refused(delivery, level, message_id=message.message_id)
     else:
         _log_failure(job, delivery, message.message_id)
     if post_send.has_listeners(sent_by) and not quiet.get():
@@ -265,24 +267,6 @@ def _log_failure(job: Payload, delivery: Delivery, message_id: str) -> None:
         job.queue.max_attempts,
         _reason(delivery),
         **(log_fields(error) if isinstance(error, errors.SMTPError) else {}),
-        delivery=masked_delivery(delivery),
-        message_id=message_id,
-    )
-
-
-def _log_refused(delivery: Delivery, message_id: str) -> None:
-    """Log the recipients that a message did not reach, while it reached others."""
-    refused = (f"{a}: {code} {text}" for a, (code, text) in delivery.refused.items())
-    is_given_up = any(code < 500 for code, _ in delivery.refused.values())
-    log(
-        logging.ERROR if is_given_up else logging.WARNING,
-        "%s refused %d of %d recipients of a queued message that the others got: %s",
-        delivery.server,
-        len(delivery.refused),
-        len(delivery.refused) + len(delivery.accepted),
-        "; ".join(refused),
-        stage="rcpt",
-        server=delivery.server,
         delivery=masked_delivery(delivery),
         message_id=message_id,
     )
